@@ -4,9 +4,20 @@ Acts in `on_before_optimizer_step`: once per optimizer step, after accumulation 
 automatic and manual optimization alike. Use it where single steps blow up: high learning rates,
 recurrent and transformer models, reinforcement learning.
 
-| preset     | what it bounds                                            | source                  |
-|------------|-----------------------------------------------------------|-------------------------|
-| norm       | the norm over all gradients of the optimizer              | Pascanu, arXiv 1211.5063 |
+| preset     | what it bounds                                     | when                | source     |
+|------------|----------------------------------------------------|---------------------|------------|
+| norm       | the norm over all gradients of the optimizer       | the usual choice    | 1211.5063  |
+| value      | each element by itself; changes the direction      | a few huge elements | torch      |
+| adaptive   | each output unit's norm, relative to its weights'  | no batch norm (AGC) | 2102.06171 |
+| percentile | the norm, by a percentile of all norms before it   | scale unknown       | 2007.14469 |
+
+A step whose norm is NaN or Inf is `clip.nonfinite`'s business: a skipped step changes no weight and
+no optimizer state. In 16-mixed precision the gradient scaler skips such steps, whatever is set.
+Each rule reports `grad_norm` (before clipping), `clipped_share` and `skipped_steps`. A model that
+overrides `configure_gradient_clipping` still does: norm (with norm_type=2) and value hand it their
+number and leave the clipping to it, the others clip first.
+
+A rule of your own: a class with one method, `measure` of `app.clip.Clip`, and a YAML that names it.
 """
 
 from dataclasses import dataclass
@@ -16,9 +27,11 @@ from omegaconf import MISSING
 
 from ..rules import require
 
+OFF = "to switch clipping off use clip=none"
+
 
 class NonFinite(str, Enum):
-    """What to do with a step whose gradient holds NaN or Inf."""
+    """What to do with a step whose gradient norm is NaN or Inf."""
 
     skip = "skip"
     error = "error"
@@ -31,18 +44,82 @@ class NormClip:
 
     _target_: str = "app.clip.NormClip"
     max_norm: float = MISSING
-    """Upper bound of the norm, > 0."""
+    """Upper bound of the norm, > 0; `inf` only measures."""
     norm_type: float = MISSING
     """p of the p-norm, > 0; `inf` bounds the largest element."""
     nonfinite: NonFinite = MISSING
     """skip the step, stop with an error, or zero the non-finite elements and clip the rest."""
 
     def __post_init__(self) -> None:
-        off = "to switch clipping off use clip=none"
-        require(self.max_norm > 0, "clip.max_norm", "be > 0", self.max_norm, off)
+        require(self.max_norm > 0, "clip.max_norm", "be > 0", self.max_norm, OFF)
         require(
             self.norm_type > 0, "clip.norm_type", "be > 0", self.norm_type, "type clip.norm_type=2"
         )
 
 
-PRESETS = {"norm": NormClip}
+@dataclass(kw_only=True)
+class ValueClip:
+    """Clamp every gradient element to [-max_value, max_value]."""
+
+    _target_: str = "app.clip.ValueClip"
+    max_value: float = MISSING
+    """Upper bound of an element's absolute value, > 0; `inf` only measures."""
+    nonfinite: NonFinite = MISSING
+    """skip the step, stop with an error, or zero the non-finite elements and clip the rest."""
+
+    def __post_init__(self) -> None:
+        require(self.max_value > 0, "clip.max_value", "be > 0", self.max_value, OFF)
+
+
+@dataclass(kw_only=True)
+class AdaptiveClip:
+    """Scale each output unit's gradient to at most `clip_factor` times the norm of its weights."""
+
+    _target_: str = "app.clip.AdaptiveClip"
+    clip_factor: float = MISSING
+    """Upper bound of gradient norm / weight norm, > 0; smaller for larger batches."""
+    eps: float = MISSING
+    """Lower bound of the weight norm, > 0: lets units that start at zero move."""
+    exclude_head: bool = MISSING
+    """Leave alone the last module in definition order that owns a trainable matrix."""
+    exclude: list[str] = MISSING
+    """Leave alone the parameters whose names match one of these patterns, as `encoder.*`."""
+    nonfinite: NonFinite = MISSING
+    """skip the step, stop with an error, or zero the non-finite elements and clip the rest."""
+
+    def __post_init__(self) -> None:
+        require(self.clip_factor > 0, "clip.clip_factor", "be > 0", self.clip_factor, OFF)
+        require(self.eps > 0, "clip.eps", "be > 0", self.eps, "type clip.eps=1e-3")
+
+
+@dataclass(kw_only=True)
+class PercentileClip:
+    """Scale all gradients so that their norm is at most a percentile of the norms so far."""
+
+    _target_: str = "app.clip.PercentileClip"
+    percentile: float = MISSING
+    """Which percentile of the history bounds the norm, in (0, 100]; 100 never clips."""
+    history: int | None = MISSING
+    """Length of the history in optimizer steps, >= 2; null keeps every step."""
+    nonfinite: NonFinite = MISSING
+    """skip the step, stop with an error, or zero the non-finite elements and clip the rest."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.percentile <= 100, "clip.percentile", "be in (0, 100]", self.percentile, OFF
+        )
+        require(
+            self.history is None or self.history >= 2,
+            "clip.history",
+            "be >= 2 or null",
+            self.history,
+            "to keep every step type clip.history=null",
+        )
+
+
+PRESETS = {
+    "norm": NormClip,
+    "value": ValueClip,
+    "adaptive": AdaptiveClip,
+    "percentile": PercentileClip,
+}

@@ -1,0 +1,104 @@
+"""Gradient accumulation: one optimizer step from several micro-batches.
+
+Trains with a batch that does not fit in memory. The gradient of a step is the mean over the
+micro-batches of its window, also of the shorter window at the end of an epoch; a step never spans
+two epochs. Acts on every micro-batch and once per optimizer step. Lightning divides the short
+window by the full factor and knows schedules by epoch only.
+
+| preset    | the factor                                                        |
+|-----------|-------------------------------------------------------------------|
+| constant  | the same throughout                                               |
+| schedule  | changes at given epochs or optimizer steps (arXiv 1711.00489)     |
+| effective | solved from the batch size asked for, the micro-batch and the ranks |
+
+With `accumulate.weight_by` micro-batches are weighted by a count that the batch carries, such as
+the number of tokens, so that the step equals the large batch's also where losses are means over a
+varying count.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from omegaconf import MISSING
+
+from app.batch_size import accumulation_factor
+
+from ..rules import require
+
+
+class By(str, Enum):
+    """What the keys of a schedule count."""
+
+    epoch = "epoch"
+    step = "step"
+
+
+@dataclass(kw_only=True)
+class ConstantAccumulation:
+    """The same number of micro-batches in every optimizer step."""
+
+    _target_: str = "app.accumulate.ConstantAccumulation"
+    factor: int = MISSING
+    """Micro-batches per optimizer step, >= 1."""
+    weight_by: str | None = MISSING
+    """Key or attribute of the batch with its count (a number, or a tensor that is summed)."""
+
+    def __post_init__(self) -> None:
+        _require_factor("accumulate.factor", self.factor)
+
+
+@dataclass(kw_only=True)
+class ScheduledAccumulation:
+    """A factor that changes at given epochs or optimizer steps."""
+
+    _target_: str = "app.accumulate.ScheduledAccumulation"
+    by: By = MISSING
+    """epoch or step: what the keys of `factors` count, both from 0."""
+    factors: dict[int, int] = MISSING
+    """First epoch (or optimizer step) -> micro-batches per step from there on; has a key 0."""
+    weight_by: str | None = MISSING
+    """Key or attribute of the batch with its count (a number, or a tensor that is summed)."""
+
+    def __post_init__(self) -> None:
+        starts = sorted(self.factors)
+        typed = "type for example 'accumulate.factors={0: 1, 4: 8}'"
+        require(starts[:1] == [0], "accumulate.factors", "begin at 0", f"the keys {starts}", typed)
+        for factor in self.factors.values():
+            _require_factor("accumulate.factors", factor)
+
+
+@dataclass(kw_only=True)
+class EffectiveBatch:
+    """The factor that makes micro-batch x factor x world size the batch size asked for."""
+
+    _target_: str = "app.accumulate.EffectiveBatch"
+    batch_size: int = MISSING
+    """Samples per optimizer step over all ranks, >= 1."""
+    micro_batch_size: int | None = MISSING
+    """Samples per micro-batch and rank; null where neither data.batch_size nor model.batch_size
+    tells it."""
+    weight_by: str | None = MISSING
+    """Key or attribute of the batch with its count (a number, or a tensor that is summed)."""
+
+    def __post_init__(self) -> None:
+        _require_factor("accumulate.batch_size", self.batch_size)
+        if self.micro_batch_size is None:
+            raise ValueError(
+                "accumulate.micro_batch_size must be given where neither data.batch_size nor "
+                "model.batch_size tells it; type accumulate.micro_batch_size=32"
+            )
+        _require_factor("accumulate.micro_batch_size", self.micro_batch_size)
+        accumulation_factor(
+            batch_size=self.batch_size, micro_batch_size=self.micro_batch_size, world_size=1
+        )
+
+
+def _require_factor(key: str, value: int) -> None:
+    require(value >= 1, key, "be >= 1", value, "to switch accumulation off use accumulate=none")
+
+
+PRESETS = {
+    "constant": ConstantAccumulation,
+    "schedule": ScheduledAccumulation,
+    "effective": EffectiveBatch,
+}

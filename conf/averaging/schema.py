@@ -1,0 +1,210 @@
+"""Weight averaging: trains on, and keeps beside the weights an average of those passed through.
+
+Acts after each optimizer step (micro-batches and skipped steps do not count), or at the end of each
+epoch. The first update copies the weights; until then everything is of the raw weights. From then
+on validation, checkpoints, test, prediction and the delivered model are of the average; the raw
+weights, with which training goes on, lie beside it in the checkpoints. Use it at a constant,
+high-ish learning rate and a short budget, where it beats decaying the rate; a long cosine catches
+up. Lightning's own averages lose the start, the end, or the test.
+
+| preset  | the average                                                       | source           |
+|---------|-------------------------------------------------------------------|------------------|
+| ema     | exponential: recent weights count most                            | arXiv 1803.00676, timm |
+| swa     | equal weights over the ends of the last epochs, at a rate of its own | arXiv 1803.05407 |
+| uniform | equal weights over every step (or epoch) from a start on          | Polyak, Juditsky 1992 |
+
+Write `averaging.NAME=null` to take a bound away. A rule of your own: subclass one of these in
+`app.averaging`, override `should_update`, and name the class in `averaging._target_`.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from ..rules import require
+
+
+class Validate(str, Enum):
+    """Whose metrics the validation measures."""
+
+    averaged = "averaged"
+    raw = "raw"
+    both = "both"
+
+
+class Anneal(str, Enum):
+    """The way from one learning rate to another."""
+
+    cos = "cos"
+    linear = "linear"
+
+
+@dataclass(kw_only=True)
+class Averaging:
+    """What all averages have in common."""
+
+    start_step: int | None = MISSING
+    """Optimizer steps trained before the averaging may begin, >= 0; null: no bound."""
+    every_n_steps: int | None = MISSING
+    """Optimizer steps from one update to the next, >= 1; null: one at the end of each epoch."""
+    validate: Validate = MISSING
+    """averaged or raw weights; both also logs `raw_<metric>`. Checkpoints are of the average."""
+    bn_batches: int | None = MISSING
+    """Training batches, >= 1, from which the average's BatchNorm statistics are computed, before
+    it is evaluated, at the end of an epoch and of the run; null: running statistics are averaged
+    like weights."""
+
+    def __post_init__(self) -> None:
+        _require_count("start_step", self.start_step, at_least=0)
+        _require_count("every_n_steps", self.every_n_steps, at_least=1)
+        _require_count("bn_batches", self.bn_batches, at_least=1)
+
+
+@dataclass(kw_only=True)
+class Ema(Averaging):
+    """Exponential moving average: each update keeps the share `decay` of the average.
+
+    Without `decay` and `half_life_steps` the memory is a share of the run, so that runs of any
+    length are averaged alike: 1 - decay = updates^-1 / horizon.
+    """
+
+    _target_: str = "app.averaging.Ema"
+    every_n_steps: int = MISSING
+    """Optimizer steps from one update to the next, >= 1."""
+    start_epoch: int | None = MISSING
+    """Epochs trained before the averaging may begin, >= 0; null: no bound."""
+    decay: float | None = MISSING
+    """Share of the average an update keeps, 0 to below 1; null: from the half-life or horizon."""
+    half_life_steps: float | None = MISSING
+    """Optimizer steps after which weights count half, > 0; instead of `decay`."""
+    horizon: float = MISSING
+    """Share of the run that the average remembers, above 0 to 1; 0.05 to 0.1 work well."""
+    warmup: bool = MISSING
+    """Whether the decay grows to its value: min(decay, 1 - (1 + updates / gamma)^-power)."""
+    warmup_gamma: float = MISSING
+    """Updates that the warm-up is counted in, > 0."""
+    warmup_power: float = MISSING
+    """Exponent of the warm-up, > 0; 2/3 for long runs, 3/4 for shorter ones."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_one_start("start_epoch", self.start_epoch, self.start_step)
+        require(
+            self.decay is None or self.half_life_steps is None,
+            "averaging.decay",
+            "be null where averaging.half_life_steps is given",
+            self.decay,
+            "type one of averaging.decay=null and averaging.half_life_steps=null",
+        )
+        _require(
+            "decay",
+            self.decay,
+            self.decay is None or 0 <= self.decay < 1,
+            "be from 0 to below 1",
+            "to switch averaging off use averaging=none",
+        )
+        _require_positive("half_life_steps", self.half_life_steps, "null")
+        _require_positive("warmup_gamma", self.warmup_gamma, "1.0")
+        _require_positive("warmup_power", self.warmup_power, "0.75")
+        _require(
+            "horizon",
+            self.horizon,
+            0 < self.horizon <= 1,
+            "be above 0, up to 1",
+            "type averaging.horizon=0.05",
+        )
+
+
+@dataclass(kw_only=True)
+class Uniform(Averaging):
+    """The mean over all updates. Give it a start: the first weights of a run are poor."""
+
+    _target_: str = "app.averaging.Uniform"
+    start_epoch: int | None = MISSING
+    """Epochs trained before the averaging may begin, >= 0; null: no bound."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_one_start("start_epoch", self.start_epoch, self.start_step)
+
+
+@dataclass(kw_only=True)
+class Swa(Averaging):
+    """The mean over the ends of the epochs from the start to the last, at a rate of its own.
+
+    A run that stops inside an epoch counts its last weights as that epoch's.
+    """
+
+    _target_: str = "app.averaging.Swa"
+    start: int | float | None = MISSING
+    """Epochs trained before (int, >= 0), or the share of trainer.max_epochs (float, 0 to below 1);
+    null where `start_step` is given."""
+    lr: Any = MISSING
+    """Learning rate, > 0, that every parameter group is brought to from the start on, whatever the
+    scheduler says: a number, or a list with one for each group of all optimizers; null: the
+    schedule goes on."""
+    anneal_epochs: int | None = MISSING
+    """Epochs from the rate at the start to `lr`, >= 0; null where `anneal_steps` is given."""
+    anneal_steps: int | None = MISSING
+    """The same in optimizer steps, >= 0, instead of `anneal_epochs`."""
+    anneal_strategy: Anneal = MISSING
+    """cos or linear."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_one_start("start", self.start, self.start_step)
+        share = isinstance(self.start, float)
+        _require(
+            "start",
+            self.start,
+            self.start is None or (0 <= self.start < 1 if share else self.start >= 0),
+            "be epochs >= 0 (2) or a share from 0.0 to below 1.0 (0.5)",
+            "to switch averaging off use averaging=none",
+        )
+        for rate in self.lr if isinstance(self.lr, list) else [self.lr]:
+            _require(
+                "lr",
+                self.lr,
+                rate is None or (isinstance(rate, int | float) and rate > 0),
+                "be > 0, or a list of such numbers",
+                "to leave the schedule alone type averaging.lr=null",
+            )
+        _require_count("anneal_epochs", self.anneal_epochs, at_least=0)
+        _require_count("anneal_steps", self.anneal_steps, at_least=0)
+        one = (self.anneal_epochs is None) != (self.anneal_steps is None)
+        require(
+            one,
+            "averaging.anneal_epochs",
+            "be null where averaging.anneal_steps is given, and given where that is null",
+            self.anneal_epochs,
+            "to jump to averaging.lr type averaging.anneal_epochs=0 averaging.anneal_steps=null",
+        )
+
+
+def _require(key: str, value: object, holds: bool, rule: str, instead: str) -> None:
+    require(holds, f"averaging.{key}", rule, value, instead)
+
+
+def _require_count(key: str, value: int | None, *, at_least: int) -> None:
+    holds = value is None or value >= at_least
+    _require(key, value, holds, f"be >= {at_least}", f"type averaging.{key}={max(at_least, 1)}")
+
+
+def _require_positive(key: str, value: float | None, example: str) -> None:
+    holds = value is None or value > 0
+    _require(key, value, holds, "be > 0", f"type averaging.{key}={example}")
+
+
+def _require_one_start(key: str, start: float | None, start_step: int | None) -> None:
+    _require(
+        key,
+        start,
+        start is None or start_step is None,
+        "be null where averaging.start_step is given",
+        f"type one of averaging.{key}=null and averaging.start_step=null",
+    )
+
+
+PRESETS = {"ema": Ema, "swa": Swa, "uniform": Uniform}

@@ -1,0 +1,45 @@
+"""Where the metrics of a run go. Everything is in the run's folder.
+
+| preset      | writes                                             |
+|-------------|----------------------------------------------------|
+| default     | metrics.csv and files for TensorBoard              |
+| csv         | metrics.csv                                        |
+| tensorboard | files for TensorBoard                              |
+"""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+
+@dataclass(kw_only=True)
+class MetricsCsv:
+    """A line per logged optimizer step."""
+
+    _target_: str = "app.metrics.MetricsCsv"
+    save_dir: str = MISSING
+    """Folder of the file."""
+
+
+@dataclass(kw_only=True)
+class TensorBoardLogger:
+    """Event files; look at them with `tensorboard --logdir runs`."""
+
+    _target_: str = "lightning.pytorch.loggers.TensorBoardLogger"
+    save_dir: str = MISSING
+    """Folder above the files."""
+    name: str = MISSING
+    """Folder of the files, below save_dir."""
+    version: str = MISSING
+    """Folder below name; empty = none."""
+
+
+@dataclass(kw_only=True)
+class Loggers:
+    """Loggers by name; add one with +logger.mine._target_=theirs.Logger."""
+
+    csv: MetricsCsv | None = None
+    tensorboard: TensorBoardLogger | None = None
+
+
+PRESETS = {"default": Loggers, "csv": Loggers, "tensorboard": Loggers}

@@ -1,0 +1,144 @@
+"""The learning rate over the run. Needs an `optimizer=`; steps with the optimizer or the epoch.
+
+Lengths follow from the run: optimizer steps are counted exactly, accumulation schedules included.
+
+| preset   | learning rate                                                   | source          |
+|----------|-----------------------------------------------------------------|-----------------|
+| cosine   | linear warm-up, then half a cosine to the final share           | arXiv 1608.03983 |
+| linear   | linear warm-up, then a line to the final share                  |                 |
+| warmup   | linear warm-up, then constant                                   | arXiv 1706.02677 |
+| onecycle | up to the peak and down below the start, momentum opposed       | arXiv 1708.07120 |
+| steps    | multiplied by gamma at given epochs                             |                 |
+| plateau  | multiplied by a factor when the monitored metric stops improving |                 |
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from omegaconf import MISSING
+
+from ..rules import require
+
+
+class Shape(str, Enum):
+    """The learning rate after the warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class Mode(str, Enum):
+    """Whether a metric is better when smaller or larger."""
+
+    min = "min"
+    max = "max"
+
+
+@dataclass(kw_only=True)
+class WarmupDecay:
+    """A linear warm-up from zero, then a decay to a share of the peak."""
+
+    _target_: str = "app.optim.WarmupDecay"
+    shape: Shape = MISSING
+    """cosine, linear or constant after the warm-up."""
+    warmup: int | float = MISSING
+    """Optimizer steps (int) or share of the run (float, 0 to below 1)."""
+    final: float = MISSING
+    """Share of the peak at the end, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.warmup >= 0 if isinstance(self.warmup, int) else 0 <= self.warmup < 1,
+            "scheduler.warmup",
+            "be steps >= 0 or a share from 0.0 to below 1.0",
+            self.warmup,
+            "for no warm-up type scheduler.warmup=0",
+        )
+        _require_share("scheduler.final", self.final, "type scheduler.final=0.0")
+
+
+@dataclass(kw_only=True)
+class OneCycle:
+    """The 1cycle policy, its peak at the optimizer's learning rate."""
+
+    _target_: str = "app.optim.OneCycle"
+    peak: float = MISSING
+    """Share of the run at which the peak is reached, above 0 and below 1."""
+    start_divisor: float = MISSING
+    """The start is the peak over this, >= 1."""
+    final_divisor: float = MISSING
+    """The end is the start over this, >= 1."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.peak < 1,
+            "scheduler.peak",
+            "be above 0 and below 1",
+            self.peak,
+            "type scheduler.peak=0.3",
+        )
+        for key in ("start_divisor", "final_divisor"):
+            value = getattr(self, key)
+            require(value >= 1, f"scheduler.{key}", "be >= 1", value, f"type scheduler.{key}=25")
+
+
+@dataclass(kw_only=True)
+class Steps:
+    """Multiply by `gamma` at given epochs."""
+
+    _target_: str = "app.optim.Steps"
+    milestones: list[int] = MISSING
+    """Epochs, from 0, rising."""
+    gamma: float = MISSING
+    """Factor at each, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        rising = list(self.milestones) == sorted(set(self.milestones))
+        require(
+            rising and all(epoch > 0 for epoch in self.milestones),
+            "scheduler.milestones",
+            "be rising epochs > 0",
+            list(self.milestones),
+            "type 'scheduler.milestones=[15,25]'",
+        )
+        _require_share("scheduler.gamma", self.gamma, "type scheduler.gamma=0.1")
+
+
+@dataclass(kw_only=True)
+class Plateau:
+    """Multiply by `factor` after `patience` validations without an improvement."""
+
+    _target_: str = "app.optim.Plateau"
+    monitor: str = MISSING
+    """Metric that the model logs."""
+    mode: Mode = MISSING
+    """min or max: which values of the metric are better."""
+    factor: float = MISSING
+    """0 to 1."""
+    patience: int = MISSING
+    """Epochs, >= 0."""
+
+    def __post_init__(self) -> None:
+        _require_share("scheduler.factor", self.factor, "type scheduler.factor=0.5")
+        require(
+            self.patience >= 0,
+            "scheduler.patience",
+            "be >= 0",
+            self.patience,
+            "type scheduler.patience=3",
+        )
+
+
+def _require_share(key: str, value: float, instead: str) -> None:
+    require(0 <= value <= 1, key, "be from 0 to 1", value, instead)
+
+
+PRESETS = {
+    "cosine": WarmupDecay,
+    "linear": WarmupDecay,
+    "warmup": WarmupDecay,
+    "onecycle": OneCycle,
+    "steps": Steps,
+    "plateau": Plateau,
+}

@@ -1,0 +1,120 @@
+"""How long a run trains, where, and what it checks on the way: Lightning's Trainer."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from omegaconf import MISSING
+
+from ..rules import require
+
+
+class Accelerator(str, Enum):
+    """Where the tensors live; auto takes a GPU where there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    gpu = "gpu"
+    mps = "mps"
+    tpu = "tpu"
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Limits, device and intervals of one run."""
+
+    _target_: str = "app.trainer.Trainer"
+    max_epochs: int | None = MISSING
+    """Epochs, >= 1; null = no limit."""
+    max_steps: int | None = MISSING
+    """Optimizer steps, >= 1; null = no limit."""
+    max_minutes: float | None = MISSING
+    """Wall time in minutes, > 0; null = no limit."""
+    accelerator: Accelerator = MISSING
+    """auto, cpu, gpu, mps or tpu."""
+    devices: int = MISSING
+    """Devices of this machine; 1 in this version."""
+    threads: int | None = MISSING
+    """Intra-op CPU threads, >= 1; null = torch's own choice. One is fastest for tiny models."""
+    deterministic: bool = MISSING
+    """Refuse operations without a deterministic implementation."""
+    benchmark: bool | None = MISSING
+    """Let cuDNN time its algorithms; null = Lightning's choice."""
+    limit_train_batches: int | float | None = MISSING
+    """Micro-batches (int) or share (float, 0 to 1) of each training epoch; null = all."""
+    limit_val_batches: int | float | None = MISSING
+    """Likewise of each validation; 0 switches validation off."""
+    limit_test_batches: int | float | None = MISSING
+    """Likewise of the test."""
+    val_check_interval: int | float = MISSING
+    """Validate after this many micro-batches (int) or this share of an epoch (float)."""
+    check_val_every_n_epoch: int | None = MISSING
+    """Validate in every n-th epoch; null counts val_check_interval across epochs."""
+    num_sanity_val_steps: int = MISSING
+    """Validation batches run before training to find errors early, >= 0."""
+    log_every_n_steps: int = MISSING
+    """Log the means of the last n optimizer steps, >= 1."""
+    detect_anomaly: bool = MISSING
+    """Find the operation that made a NaN gradient (slow)."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_epochs", "max_steps", "max_minutes", "threads"):
+            value = getattr(self, key)
+            require(
+                value is None or value > 0,
+                f"trainer.{key}",
+                "be > 0",
+                value,
+                f"for no limit type trainer.{key}=null",
+            )
+        require(
+            any(limit is not None for limit in (self.max_epochs, self.max_steps, self.max_minutes)),
+            "trainer.max_epochs, max_steps or max_minutes",
+            "be given",
+            "null for all three",
+            "type trainer.max_epochs=30",
+        )
+        require(
+            self.devices == 1, "trainer.devices", "be 1", self.devices, "type trainer.devices=1"
+        )
+        for key in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
+            value = getattr(self, key)
+            require(
+                value is None or (value >= 0 if isinstance(value, int) else 0 <= value <= 1),
+                f"trainer.{key}",
+                "be a count >= 0 or a share from 0.0 to 1.0",
+                value,
+                f"for all batches type trainer.{key}=null",
+            )
+        interval = self.val_check_interval
+        require(
+            interval >= 1 if isinstance(interval, int) else 0 < interval <= 1,
+            "trainer.val_check_interval",
+            "be a count >= 1 or a share up to 1.0",
+            interval,
+            "to validate once an epoch type trainer.val_check_interval=1.0",
+        )
+        every = self.check_val_every_n_epoch
+        require(
+            every is None or every >= 1,
+            "trainer.check_val_every_n_epoch",
+            "be >= 1",
+            every,
+            "to switch validation off type trainer.limit_val_batches=0",
+        )
+        require(
+            self.log_every_n_steps >= 1,
+            "trainer.log_every_n_steps",
+            "be >= 1",
+            self.log_every_n_steps,
+            "to switch logging off use logger=none",
+        )
+        require(
+            self.num_sanity_val_steps >= 0,
+            "trainer.num_sanity_val_steps",
+            "be >= 0",
+            self.num_sanity_val_steps,
+            "to skip the sanity check type trainer.num_sanity_val_steps=0",
+        )
+
+
+PRESETS = {"default": Trainer}

@@ -1,0 +1,290 @@
+"""Gradient accumulation: the mean over the micro-batches of a window, whatever its length."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from app.batch_size import accumulation_factor
+
+
+def scheduled_factor(factors: Mapping[int, int], position: int) -> int:
+    """The factor in force at an epoch or optimizer step: that of the last start passed."""
+    return factors[max(start for start in factors if start <= position)]
+
+
+def count_steps(
+    *, num_batches: int, num_epochs: int, by_epoch: Mapping[int, int], by_step: Mapping[int, int]
+) -> int:
+    """Optimizer steps of a run of `num_epochs` epochs of `num_batches` micro-batches.
+
+    The factor is the product of both schedules. A window ends with its epoch.
+    """
+    step = 0
+    for epoch in range(num_epochs):
+        batch = 0
+        while batch < num_batches:
+            factor = scheduled_factor(by_epoch, epoch) * scheduled_factor(by_step, step)
+            windows = math.ceil((num_batches - batch) / factor)
+            next_change = min((start for start in by_step if start > step), default=math.inf)
+            windows = int(min(windows, next_change - step))
+            step += windows
+            batch += windows * factor
+    return step
+
+
+class Window(int):
+    """The accumulation window a run is in; its number is the factor.
+
+    Lightning asks `batches % trainer.accumulate_grad_batches == 0` for "is an edge of a window
+    here?", both to zero the gradients and to step, which is true only for factors that never
+    change within an epoch. A Window answers that question for the window it stands for.
+    """
+
+    start: int
+    end: int
+
+    def __new__(cls, factor: int, start: int) -> "Window":
+        window = super().__new__(cls, factor)
+        window.start = start
+        window.end = start + factor
+        return window
+
+    def __getnewargs__(self) -> tuple[int, int]:
+        return int(self), self.start
+
+    def __rmod__(self, num_batches: int) -> int:
+        return 0 if num_batches in (self.start, self.end) else 1
+
+
+class Accumulation(pl.Callback):
+    """Opens a window on its first micro-batch; on its last one rescales the gradient to the mean.
+
+    Lightning divides each loss by the factor, so only a window that turned out shorter, or one
+    with weights, costs a pass over the gradients. Stands before all other callbacks: they see the
+    loss, not the loss over the factor. A checkpoint written inside a window holds its gradients.
+
+    Args:
+        weight_by: key or attribute of the batch that holds its count; None weights all alike.
+
+    Raises:
+        ValueError: where the model steps its own optimizers (manual optimization), with LBFGS
+            (it evaluates a batch several times a step), or where a batch lacks `weight_by`.
+    """
+
+    def __init__(self, *, weight_by: str | None) -> None:
+        self.weight_by = weight_by
+        self._window: Window | None = None
+        self._num_batches = 0
+        self._total_weight = 0.0
+        self._weight = 1.0
+        self._gradients: dict[str, Tensor] = {}
+
+    @property
+    @abstractmethod
+    def schedules(self) -> tuple[Mapping[int, int], Mapping[int, int]]:
+        """Factors by first epoch and by first optimizer step."""
+
+    def total_steps(self, *, num_batches: int, num_epochs: int) -> int:
+        """Optimizer steps of the whole run."""
+        by_epoch, by_step = self.schedules
+        return count_steps(
+            num_batches=num_batches, num_epochs=num_epochs, by_epoch=by_epoch, by_step=by_step
+        )
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                f"accumulate cannot act with {type(pl_module).__name__}: it steps its own "
+                "optimizers (automatic_optimization=False); accumulate inside its training_step "
+                "and use accumulate=none"
+            )
+        self._window, self._num_batches, self._total_weight = None, 0, 0.0
+        self._open(trainer, 0)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+            raise ValueError(
+                "accumulate cannot act with LBFGS, which evaluates a batch several times a step; "
+                "use accumulate=none"
+            )
+        if self._gradients:
+            for name, parameter in pl_module.named_parameters():
+                if name in self._gradients:
+                    parameter.grad = self._gradients[name].to(parameter)
+            self._gradients = {}
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._window is not None
+        if batch_idx == 0 or batch_idx == self._window.end:
+            self._open(trainer, batch_idx)
+        if self.weight_by is not None:
+            self._weight = self._count(batch, self.weight_by)
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        weight = self._weight
+        self._num_batches += 1
+        self._total_weight += weight
+        if weight != 1.0:
+            loss.register_hook(lambda gradient: gradient * weight)
+
+    def on_before_optimizer_step(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        assert self._window is not None
+        total = self._total_weight
+        if self.weight_by is not None and trainer.world_size > 1:
+            local = torch.tensor(total, dtype=torch.float64, device=pl_module.device)
+            total = float(trainer.strategy.reduce(local, reduce_op="mean"))
+        if total not in (0.0, float(self._window)):
+            gradients = [
+                parameter.grad
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+                if parameter.grad is not None
+            ]
+            torch._foreach_mul_(gradients, self._window / total)
+        self._num_batches, self._total_weight = 0, 0.0
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self._window != 1 and isinstance(outputs, dict) and "loss" in outputs:
+            outputs["loss"] = outputs["loss"] * int(self._window or 1)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        assert self._window is not None
+        checkpoint["accumulation"] = {
+            "factor": int(self._window),
+            "start": self._window.start,
+            "num_batches": self._num_batches,
+            "total_weight": self._total_weight,
+            "gradients": {
+                name: parameter.grad
+                for name, parameter in pl_module.named_parameters()
+                if self._num_batches and parameter.grad is not None
+            },
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # only a fit goes on inside a window
+        if trainer.state.fn != "fit" or "accumulation" not in checkpoint:
+            return
+        saved = checkpoint["accumulation"]
+        self._window = trainer.accumulate_grad_batches = Window(saved["factor"], saved["start"])
+        self._num_batches, self._total_weight = saved["num_batches"], saved["total_weight"]
+        self._gradients = saved["gradients"]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        trainer.accumulate_grad_batches = 1
+
+    def step_metrics(self) -> dict[str, float]:
+        """The factor in force."""
+        assert self._window is not None
+        return {"accumulation_factor": float(self._window)}
+
+    def _open(self, trainer: pl.Trainer, batch_idx: int) -> None:
+        by_epoch, by_step = self.schedules
+        factor = scheduled_factor(by_epoch, trainer.current_epoch)
+        factor *= scheduled_factor(by_step, trainer.global_step)
+        self._window = trainer.accumulate_grad_batches = Window(factor, batch_idx)
+        self._num_batches, self._total_weight = 0, 0.0
+
+    @staticmethod
+    def _count(batch: Any, key: str) -> float:
+        if isinstance(batch, Mapping) and key in batch:
+            count = batch[key]
+        elif hasattr(batch, key):
+            count = getattr(batch, key)
+        else:
+            held = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(
+                f"accumulate.weight_by must name a key or attribute of the batch, got {key}; "
+                f"the batch holds: {held}"
+            )
+        return float(count.sum() if isinstance(count, Tensor) else count)
+
+
+class ConstantAccumulation(Accumulation):
+    """The same `factor` (>= 1) throughout."""
+
+    def __init__(self, *, factor: int, weight_by: str | None) -> None:
+        super().__init__(weight_by=weight_by)
+        self.factor = factor
+
+    @property
+    def schedules(self) -> tuple[Mapping[int, int], Mapping[int, int]]:
+        return {0: self.factor}, {0: 1}
+
+
+class ScheduledAccumulation(Accumulation):
+    """The factor of the last start passed, counted in epochs or optimizer steps from 0.
+
+    Lightning's GradientAccumulationScheduler knows epochs only and starts a resumed epoch at 1.
+    """
+
+    def __init__(self, *, by: str, factors: Mapping[int, int], weight_by: str | None) -> None:
+        super().__init__(weight_by=weight_by)
+        self.by = by
+        self.factors = dict(factors)
+
+    @property
+    def schedules(self) -> tuple[Mapping[int, int], Mapping[int, int]]:
+        return ({0: 1}, self.factors) if self.by == "step" else (self.factors, {0: 1})
+
+
+class EffectiveBatch(Accumulation):
+    """The factor that makes micro-batch x factor x world size exactly `batch_size`.
+
+    Raises:
+        ValueError: where there is no such factor, or the loader's micro-batch is another one.
+    """
+
+    def __init__(self, *, batch_size: int, micro_batch_size: int, weight_by: str | None) -> None:
+        super().__init__(weight_by=weight_by)
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self._factor = 1
+
+    @property
+    def schedules(self) -> tuple[Mapping[int, int], Mapping[int, int]]:
+        return {0: self._factor}, {0: 1}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._factor = accumulation_factor(
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            world_size=trainer.world_size,
+        )
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        served = getattr(trainer.train_dataloader, "batch_size", None)
+        if served not in (None, self.micro_batch_size):
+            raise ValueError(
+                f"accumulate.micro_batch_size must be the loader's batch size {served}, "
+                f"got {self.micro_batch_size}; type accumulate.micro_batch_size={served}"
+            )

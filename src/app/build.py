@@ -1,0 +1,95 @@
+"""From a configuration to the objects of a run: the only module that calls `instantiate`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from hydra.utils import instantiate
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from app.checkpoint import CheckpointFiles, Checkpoints
+from app.metrics import StepMetrics
+from app.optim import configure_optimizers
+from app.resume import ExactResume
+from app.trainer import Trainer
+
+TECHNIQUES = ("accumulate", "clip", "averaging")  # in the order in which they act on a step
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The objects of one run."""
+
+    model: pl.LightningModule
+    data: pl.LightningDataModule
+    trainer: Trainer
+
+    def checkpoints(self) -> dict[str, str | None]:
+        """Paths of the best and the last checkpoint; None where there is none."""
+        keeper = self.trainer.checkpoint_callback
+        if not isinstance(keeper, Checkpoints):
+            return {"best": None, "last": None}
+        last = str(keeper.last) if keeper.last.exists() else None
+        return {"best": keeper.best_model_path or last, "last": last}
+
+
+def build(config: Mapping[str, Any], extra_callbacks: list[pl.Callback]) -> Run:
+    """Build model, data, callbacks and trainer from a checked, resolved configuration.
+
+    Raises:
+        TypeError: where `model` or `data` is not a LightningModule or LightningDataModule.
+        ValueError: where an `optimizer=` is chosen for a model that steps its own optimizers.
+    """
+    pl.seed_everything(config["seed"], workers=True, verbose=False)
+    model = _make(config["model"])
+    data = _make(config["data"])
+    for key, value, kind in (
+        ("model", model, pl.LightningModule),
+        ("data", data, pl.LightningDataModule),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"{key}._target_ must be a {kind.__name__}, got {config[key]['_target_']}; "
+                f"type {key}._target_=package.Class"
+            )
+    if config["optimizer"] is not None:
+        _replace_optimizers(model, config)
+    resume = ExactResume()
+    resume.attach(
+        data if is_overridden("train_dataloader", data, pl.LightningDataModule) else model
+    )
+    techniques = [_make(config[group]) for group in TECHNIQUES if config[group] is not None]
+    others = [_make(callback) for callback in (config["callbacks"] or {}).values() if callback]
+    loggers = [_make(logger) for logger in (config["logger"] or {}).values() if logger]
+    trainer = instantiate(
+        config["trainer"],
+        precision=config["precision"]["mode"],
+        run_dir=Path(config["run_dir"]),
+        callbacks=[*techniques, StepMetrics(), resume, *extra_callbacks, *others],
+        loggers=loggers,
+        checkpoint_io=CheckpointFiles(),
+        enable_progress_bar=any(
+            isinstance(callback, pl.callbacks.ProgressBar) for callback in others
+        ),
+        _convert_="object",
+    )
+    return Run(model=model, data=data, trainer=trainer)
+
+
+def _make(config: Any) -> Any:
+    return instantiate(config, _convert_="all")
+
+
+def _replace_optimizers(model: pl.LightningModule, config: Mapping[str, Any]) -> None:
+    if not model.automatic_optimization:
+        raise ValueError(
+            f"optimizer cannot replace those of {type(model).__name__}, which steps its own "
+            "(automatic_optimization=False); type optimizer=none"
+        )
+    schedule = None if config["scheduler"] is None else _make(config["scheduler"])
+    model.configure_optimizers = partial(  # type: ignore[method-assign]
+        configure_optimizers, model, _make(config["optimizer"]), schedule
+    )

@@ -1,0 +1,265 @@
+"""Checkpoints: when they are written, how they reach the disk, and which one to go on from."""
+
+import math
+import os
+import time
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+def plain(value: Any, path: str) -> Any:
+    """`value` as tensors, plain Python values and containers of them; itself where it is that.
+
+    Raises TypeError naming `path` where it holds anything else: a checkpoint with it would name
+    code to import when it is loaded.
+    """
+    if type(value) in PLAIN or isinstance(value, Tensor | torch.dtype | torch.device | torch.Size):
+        return value
+    if isinstance(value, Mapping):
+        items = {plain(key, path): plain(value[key], f"{path}.{key}") for key in value}
+        same = type(value) in (dict, OrderedDict) and all(items[k] is value[k] for k in items)
+        return value if same else items
+    if isinstance(value, list | tuple | set | frozenset):
+        kind = next(kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
+        return kind(plain(item, f"{path}[{index}]") for index, item in enumerate(value))
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Enum):
+        return plain(value.value, path)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{path} holds a {type(value).__module__}.{type(value).__qualname__}")
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes beside the file and renames; holds and loads tensors and plain values only.
+
+    A reader finds the old file or the new one, never half of one, also after a power cut.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Raises TypeError naming what a callback, model or optimizer put in that is not plain.
+
+        Hyper-parameters of a model that are not plain are left out, with a warning: no continued
+        run needs them.
+        """
+        assert storage_options is None
+        content = {}
+        for key, value in checkpoint.items():
+            if key.endswith("hyper_parameters"):
+                content[key] = self._plain_hyper_parameters(value, key)
+            elif not isinstance(value, type):  # Lightning notes the class of the hyper-parameters
+                content[key] = self._plain_state(value, key)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            with partial.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """The content of a checkpoint; never runs code that the file names.
+
+        Raises ValueError where the file would have to.
+        """
+        try:
+            content: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+        except Exception as error:
+            if not is_intact(Path(path)):
+                raise ValueError(f"{path} is damaged: it is not a complete checkpoint") from error
+            raise ValueError(
+                f"{path} holds more than tensors and plain values, and loading it could run code "
+                f"that the file names: {error}"
+            ) from error
+        return content
+
+    @staticmethod
+    def _plain_state(value: Any, key: str) -> Any:
+        try:
+            return plain(value, key)
+        except TypeError as error:
+            raise TypeError(
+                f"checkpoint: {error}; a checkpoint holds tensors and plain values only, so that "
+                "loading it never runs code: return those from state_dict()"
+            ) from None
+
+    @staticmethod
+    def _plain_hyper_parameters(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+        kept = {}
+        for name, value in values.items():
+            try:
+                kept[name] = plain(value, f"{key}.{name}")
+            except TypeError as error:
+                rank_zero_warn(f"checkpoint: {error}; it is left out of the file")
+        return kept
+
+
+def is_intact(path: Path) -> bool:
+    """Whether the file is there, whole, and every byte is what was written."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile):
+        return False
+
+
+def newest_intact(directory: Path) -> Path | None:
+    """The checkpoint to go on from: the last one, or the one before where that is damaged."""
+    for name in ("last.ckpt", "previous.ckpt"):
+        path = directory / name
+        if is_intact(path):
+            return path
+        if path.exists():
+            rank_zero_warn(f"{path} is damaged; looking for the one before")
+    return None
+
+
+class Checkpoints(Checkpoint):
+    """Keeps the best checkpoint by a metric, the last one, and the one before the last.
+
+    The best is written after a validation, the last at the end of each epoch and, where
+    `every_n_steps` or `every_min` asks for it, at the end of an optimizer step. A validation that
+    is due comes first: Lightning does not run it again in a resumed run.
+
+    Args:
+        dirpath: folder of the checkpoints.
+        monitor: metric of the validation; None keeps no best one.
+        mode: min or max: which values are better.
+        every_n_steps: also after this many optimizer steps, >= 1; None only at the epochs' ends.
+        every_min: also after this many minutes, > 0; None only at the epochs' ends.
+    """
+
+    def __init__(
+        self,
+        *,
+        dirpath: str,
+        monitor: str | None,
+        mode: str,
+        every_n_steps: int | None,
+        every_min: float | None,
+    ) -> None:
+        self.directory = Path(dirpath)
+        self.monitor = monitor
+        self.mode = mode
+        self.every_n_steps = every_n_steps
+        self.every_min = every_min
+        self.best_model_path = ""
+        self.best_model_score: float | None = None
+        self._saved_step = 0
+        self._saved_at = time.monotonic()
+
+    @property
+    def last(self) -> Path:
+        """Where the last checkpoint is written."""
+        return self.directory / "last.ckpt"
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self.every_n_steps is None and self.every_min is None:
+            return
+        if not self._is_due(trainer) or trainer.is_last_batch:
+            return
+        window_open = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
+        if not window_open and not validation_is_due(trainer, batch_idx):
+            self._save_last(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or self.monitor is None:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            rank_zero_warn(
+                f"callbacks.checkpoint.monitor={self.monitor} is not logged by "
+                f"{type(pl_module).__name__}, which logs {logged}; no best checkpoint is kept. "
+                "Type callbacks.checkpoint.monitor=METRIC, or =null for the last one only"
+            )
+            self.monitor = None
+            return
+        score = float(trainer.callback_metrics[self.monitor])
+        if self._is_better(score):
+            self.best_model_score = score
+            self.best_model_path = str(self.directory / "best.ckpt")
+            trainer.save_checkpoint(self.best_model_path, weights_only=False)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save_last(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._saved_step != trainer.global_step:
+            self._save_last(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_model_score": self.best_model_score, "monitor": self.monitor}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        best = self.directory / "best.ckpt"
+        if state_dict["monitor"] == self.monitor and best.exists():
+            self.best_model_score = state_dict["best_model_score"]
+            self.best_model_path = str(best)
+
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        steps = trainer.global_step - self._saved_step
+        minutes = (time.monotonic() - self._saved_at) / 60
+        return (self.every_n_steps is not None and steps >= self.every_n_steps) or (
+            self.every_min is not None and minutes >= self.every_min and steps > 0
+        )
+
+    def _is_better(self, score: float) -> bool:
+        if math.isnan(score):
+            return False
+        best = self.best_model_score
+        return best is None or (score < best if self.mode == "min" else score > best)
+
+    def _save_last(self, trainer: pl.Trainer) -> None:
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        if trainer.is_global_zero and self.last.exists():
+            self.last.replace(self.directory / "previous.ckpt")
+        trainer.save_checkpoint(self.last, weights_only=False)
+
+
+def validation_is_due(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether Lightning validates after this micro-batch."""
+    every = trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or (every and (trainer.current_epoch + 1) % every != 0):
+        return False
+    if trainer.should_stop:
+        return True
+    interval = trainer.val_check_batch
+    if interval in (None, math.inf):
+        return trainer.is_last_batch
+    batches = (batch_idx if every else trainer.fit_loop.total_batch_idx) + 1
+    return batches % interval == 0

@@ -1,0 +1,117 @@
+"""The command line of every entry point: Hydra's, with messages that say what to type instead."""
+
+import ast
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+)
+from omegaconf import DictConfig
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+
+class Refused(ValueError):
+    """What the user typed cannot be done; the text says what to type instead."""
+
+
+def main(task: Callable[[DictConfig], Any], config_name: str, description: str) -> None:
+    """Run `task` on the composed configuration; exit with 2 where what was typed is refused."""
+    if any(flag in sys.argv[1:] for flag in ("--help", "-h")):
+        print(help_text(config_name, description))
+        return
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand us the exception, not a printed text
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://app.conf", config_name=config_name)(
+            task
+        )()
+    except (HydraException, OmegaConfBaseException, Refused) as error:
+        if isinstance(error, InstantiationException) and error.__cause__ is not None:
+            raise  # of the user's class: its traceback says where
+        print(f"{config_name}: {explain(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(error: BaseException) -> str:
+    """The text of an error of composing or checking, in terms of what was typed."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+            return _unknown_key(cause)
+        if isinstance(cause, MissingMandatoryValue):
+            return f"{cause.full_key} is required; type {cause.full_key}=VALUE"
+        if isinstance(cause, ValidationError):
+            rule = str(cause).splitlines()[0]
+            return f"{cause.full_key}: {rule[0].lower()}{rule[1:]}"
+        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
+            return _unknown_preset(cause)
+        cause = cause.__cause__ if isinstance(cause, ConfigCompositionException) else None
+    return str(error)
+
+
+def _unknown_key(error: OmegaConfBaseException) -> str:
+    key = str(error.full_key)
+    parent = error.parent_node
+    known = [str(name) for name in parent] if isinstance(parent, DictConfig) else []
+    prefix = key.rpartition(".")[0]
+    nearest = difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.5)
+    names = [f"{prefix}.{name}" if prefix else name for name in nearest or sorted(known)]
+    if nearest:
+        return f"{key} is not a key; did you mean {names[0]}?"
+    return f"{key} is not a key; known are {', '.join(names) or 'none here'}"
+
+
+def _unknown_preset(error: MissingConfigException) -> str:
+    group, _, preset = str(error.missing_cfg_file).rpartition("/")
+    presets = sorted(error.options or [])
+    if not group or not presets:
+        return str(error)
+    nearest = difflib.get_close_matches(preset, presets, n=1)
+    hint = f"; did you mean {group}={nearest[0]}?" if nearest else ""
+    return f"{group}={preset} is not a preset; choose one of {', '.join(presets)}{hint}"
+
+
+def help_text(config_name: str, description: str) -> str:
+    """What the command does, its groups with their presets, and where to look further."""
+    command = f"python -m app.{config_name}"
+    lines = [description, "", f"usage: {command} [group=preset ...] [key=value ...]"]
+    if config_name in ("train", "check"):
+        lines += ["", "groups (group=preset; what it is):"]
+        for group, (presets, summary) in groups().items():
+            lines += [f"  {group}={'|'.join(presets)}", f"      {summary}"]
+    lines += [
+        "",
+        f"{command} --cfg job           shows every key with its value",
+        f"{command} --hydra-help        Hydra's own flags; -m sweeps, --config-dir adds presets",
+        f'eval "$({command} -sc install=bash)"   completes keys and presets on TAB',
+    ]
+    return "\n".join(lines)
+
+
+def groups() -> dict[str, tuple[list[str], str]]:
+    """Each group of the configuration: its presets and the first sentence of its method card."""
+    spec = find_spec("app.conf")
+    assert spec is not None and spec.submodule_search_locations
+    found = {}
+    for folder in sorted(Path(spec.submodule_search_locations[0]).iterdir()):
+        presets = sorted(path.stem for path in folder.glob("*.yaml"))
+        if presets:
+            card = folder / "schema.py"
+            text = ast.get_docstring(ast.parse(card.read_text())) if card.exists() else None
+            found[folder.name] = presets, (text or "Whole runs, kept as files.").splitlines()[0]
+    return found

@@ -1,0 +1,1 @@
+"""The data a run trains on: one module per LightningDataModule."""

@@ -1,0 +1,137 @@
+"""The folder of a run: what is in it, and whether a command may go on in it. Needs no torch.
+
+config.yaml      every key as it was resolved; overrides.yaml: what was typed
+metrics.csv      a line per logged optimizer step; tensorboard/ the same for TensorBoard
+checkpoints/     best.ckpt, last.ckpt, previous.ckpt
+curves.png       the metrics over the optimizer steps
+result.json      status, final metrics, batch sizes, checkpoints, seconds, versions
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from app.cli import Refused
+
+OF_THE_COMMAND = ("name", "resume", "run_dir")
+"""Keys that may differ between two commands of the same run."""
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_path = path / "config.yaml"
+        self.result_path = path / "result.json"
+        self.checkpoints = path / "checkpoints"
+
+    def read_config(self) -> dict[str, Any] | None:
+        """The configuration of the run that is in the folder; None where there is none."""
+        if not self.config_path.exists():
+            return None
+        config = OmegaConf.load(self.config_path)
+        config["run_dir"] = str(self.path)
+        found = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(found, dict)
+        return {str(key): value for key, value in found.items()}
+
+    def read_result(self) -> dict[str, Any] | None:
+        """What the last command left; None where it left nothing."""
+        if not self.result_path.exists():
+            return None
+        result: dict[str, Any] = json.loads(self.result_path.read_text())
+        return result
+
+    def write_config(self, config: Mapping[str, Any], overrides: list[str]) -> None:
+        """Keep the resolved configuration, which moves with the folder, and what was typed."""
+        movable = _replaced(config, config["run_dir"], "${run_dir}")
+        del movable["run_dir"]
+        write_atomically(self.config_path, OmegaConf.to_yaml(OmegaConf.create(movable)))
+        write_atomically(self.path / "overrides.yaml", OmegaConf.to_yaml(overrides))
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Keep what the run came to."""
+        write_atomically(self.result_path, json.dumps(result, indent=2) + "\n")
+
+    def refuse_changes(self, config: Mapping[str, Any]) -> None:
+        """Raise Refused, naming the keys, where the run in the folder has another configuration."""
+        before = self.read_config()
+        if before is None:
+            return
+        old, new = what_decides(before), what_decides(config)
+        changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        if changed:
+            lines = "\n".join(f"  {key}: {old.get(key)} -> {new.get(key)}" for key in changed)
+            raise Refused(
+                f"{self.path} holds a run with another configuration:\n{lines}\n"
+                "give this run another name=, or type resume=never to move the old one aside"
+            )
+
+    def move_aside(self) -> None:
+        """Rename a run that is in the folder, so that nothing of it is lost."""
+        if self.config_path.exists():
+            number = 1
+            while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
+                number += 1
+            self.path.rename(aside)
+            self.path.mkdir()
+            print(f"the run that was in {self.path} is now in {aside}")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; raise Refused where another one holds it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path.parent / f".{self.path.name}.lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise Refused(
+                    f"{self.path} is being trained by process {file.read().strip()}; wait for it, "
+                    "or give this run another name="
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+
+def what_decides(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys and values that decide what a run trains, wherever its folder is."""
+    movable = _replaced(config, config["run_dir"], "${run_dir}")
+    return {key: value for key, value in _flat(movable).items() if key not in OF_THE_COMMAND}
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _replaced(item, old, new) for key, item in value.items()}
+    return value.replace(old, new) if isinstance(value, str) else value
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        nested = isinstance(value, Mapping) and value
+        found |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return found
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Of what decides a run: equal where two commands train the same."""
+    text = json.dumps(what_decides(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside the file and rename: a reader finds the old text or the new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial.write_text(text)
+    partial.replace(path)

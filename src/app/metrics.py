@@ -1,0 +1,182 @@
+"""What a run measures while it trains, at the cost of one logger call in many steps."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+
+@runtime_checkable
+class HasStepMetrics(Protocol):
+    """A callback that measures optimizer steps."""
+
+    def step_metrics(self) -> Mapping[str, float]:
+        """What happened since the last call; forgets it."""
+
+
+class StepMetrics(pl.Callback):
+    """Logs, every `trainer.log_every_n_steps` optimizer steps, their mean loss and the rates.
+
+    `train_loss` is the mean over the micro-batches since the last line; `lr` the first parameter
+    group's. Every callback with `step_metrics()` adds its own. At the end of an epoch its mean
+    loss becomes the metric `train_loss`, unless the model logs one itself. Lightning's `self.log`
+    in each training step costs forty times as much.
+    """
+
+    def __init__(self) -> None:
+        self._sources: list[HasStepMetrics] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._losses: list[Tensor] = []
+        self._epoch_loss = 0.0
+        self._num_epoch_losses = 0
+        self._logged_step = 0
+        self._model_logs_loss: bool | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._reset()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._sources = [c for c in trainer.callbacks if isinstance(c, HasStepMetrics)]
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if isinstance(outputs, dict) and "loss" in outputs:
+            self._losses.append(outputs["loss"])
+        if trainer.global_step - self._logged_step >= trainer.log_every_n_steps:
+            self._log(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step > self._logged_step:
+            self._log(trainer)
+        if self._model_logs_loss is None:
+            self._model_logs_loss = "train_loss" in trainer.callback_metrics
+        if self._num_epoch_losses and not self._model_logs_loss:
+            pl_module.log("train_loss", self._epoch_loss / self._num_epoch_losses)
+        self._epoch_loss, self._num_epoch_losses = 0.0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "losses": list(self._losses),
+            "epoch_loss": self._epoch_loss,
+            "num_epoch_losses": self._num_epoch_losses,
+            "logged_step": self._logged_step,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._losses = state_dict["losses"]
+        self._epoch_loss = state_dict["epoch_loss"]
+        self._num_epoch_losses = state_dict["num_epoch_losses"]
+        self._logged_step = state_dict["logged_step"]
+
+    def _log(self, trainer: pl.Trainer) -> None:
+        self._logged_step = trainer.global_step
+        metrics = {
+            name: value for source in self._sources for name, value in source.step_metrics().items()
+        }
+        if trainer.optimizers:
+            metrics["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
+        if self._losses:
+            total = float(torch.stack(self._losses).sum())
+            metrics["train_loss"] = total / len(self._losses)
+            self._epoch_loss += total
+            self._num_epoch_losses += len(self._losses)
+            self._losses = []
+        metrics["epoch"] = trainer.current_epoch
+        for logger in trainer.loggers:
+            # Lightning numbers the line of a step from 0
+            logger.log_metrics(metrics, step=trainer.global_step - 1)
+
+
+class MetricsCsv(Logger):
+    """One line per logged optimizer step, a column per metric, in `metrics.csv`.
+
+    Lightning's CSVLogger deletes the file when a run is continued; here the lines before the first
+    step that is logged again stay.
+
+    Args:
+        save_dir: folder of the file.
+    """
+
+    def __init__(self, *, save_dir: str) -> None:
+        super().__init__()
+        self.path = Path(save_dir) / "metrics.csv"
+        self._columns: list[str] = []
+        self._line: dict[str, float] = {}
+
+    @property
+    def name(self) -> str:
+        """Of the kind of logger."""
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        """Empty: a run has one file."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any) -> None:
+        """Nothing: the configuration stands beside the file."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add to the line of an optimizer step, counted from 0."""
+        assert step is not None
+        if self._line.get("step") != step:
+            self.save()
+            self._line = {"step": step}
+        self._line.update(metrics)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Bring the file up to date."""
+        if not self._line:
+            return
+        if self._columns and self._columns == list(dict.fromkeys([*self._columns, *self._line])):
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerow(self._line)
+        else:
+            self._rewrite()
+        self._line = {}
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Bring the file up to date."""
+        self.save()
+
+    def _rewrite(self) -> None:
+        step = self._line["step"]
+        lines: list[dict[str, Any]] = [row for row in read_metrics(self.path) if row["step"] < step]
+        lines.append(self._line)
+        self._columns = list(dict.fromkeys(name for line in lines for name in line))
+        partial = self.path.with_suffix(".part")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(lines)
+        partial.replace(self.path)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a `metrics.csv`, without their empty cells; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [
+            {name: float(cell) for name, cell in line.items() if cell}
+            for line in csv.DictReader(file)
+        ]

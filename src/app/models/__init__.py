@@ -1,0 +1,1 @@
+"""The models a run trains: one module per architecture."""

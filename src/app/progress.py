@@ -1,0 +1,90 @@
+"""What the user sees while a run goes on: a bar in a terminal, a line per epoch in a file."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+
+from app.accumulate import Accumulation
+from app.check import describe
+
+
+def progress(*, refresh_every_n_batches: int) -> pl.Callback:
+    """A rich bar where the output is a terminal, else a line per epoch.
+
+    Args:
+        refresh_every_n_batches: how often the bar is drawn, >= 1.
+    """
+    if not sys.stdout.isatty():
+        return EpochLines()
+    from lightning.pytorch.callbacks import RichProgressBar
+
+    return RichProgressBar(refresh_rate=refresh_every_n_batches, leave=False)
+
+
+class EpochLines(pl.Callback):
+    """Prints the metrics of each epoch on one line."""
+
+    def __init__(self) -> None:
+        self._started_at = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started_at = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+        metrics = "  ".join(
+            f"{name} {float(value):.4g}" for name, value in sorted(trainer.callback_metrics.items())
+        )
+        seconds = time.monotonic() - self._started_at
+        print(
+            f"epoch {trainer.current_epoch + 1}{epochs}  step {trainer.global_step}  {metrics}"
+            f"  {seconds:.0f} s",
+            flush=True,
+        )
+
+
+class StartTable(pl.Callback):
+    """Prints what is on when training starts: techniques, effective batch, optimizer steps."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.batch: dict[str, Any] = {}
+        self._config = dict(config)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        accumulation = next((c for c in trainer.callbacks if isinstance(c, Accumulation)), None)
+        by_epoch, by_step = accumulation.schedules if accumulation else ({0: 1}, {0: 1})
+        factors = [a * b for a in by_epoch.values() for b in by_step.values()]
+        micro = getattr(trainer.train_dataloader, "batch_size", None)
+        effective = [micro * trainer.world_size * factor for factor in factors if micro]
+        self.batch = {
+            "micro_batch": micro,
+            "accumulation": _one_or_all(factors),
+            "world_size": trainer.world_size,
+            "effective_batch": _one_or_all(effective),
+        }
+        if not trainer.is_global_zero:
+            return
+        parameters = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        steps = trainer.estimated_stepping_batches
+        rows = [
+            ("run", self._config["run_dir"]),
+            *describe(self._config),
+            (
+                "batch",
+                f"micro-batch {micro or 'unknown'} x accumulation {self.batch['accumulation']} "
+                f"x world size {trainer.world_size} = {self.batch['effective_batch'] or 'unknown'}",
+            ),
+            ("length", f"{steps} optimizer steps of {parameters:,} parameters"),
+        ]
+        if trainer.global_step:
+            rows.append(("continues", f"after optimizer step {trainer.global_step}"))
+        print("\n".join(f"{name:<12}{text}" for name, text in rows), flush=True)
+
+
+def _one_or_all(values: list[int]) -> int | list[int] | None:
+    return values if len(values) > 1 else values[0] if values else None

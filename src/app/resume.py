@@ -1,0 +1,211 @@
+"""Continuing a run bit-exactly: the random state and the position in the data."""
+
+import inspect
+import random
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader, IterableDataset
+
+
+def random_state() -> dict[str, Any]:
+    """The state of python's, numpy's, torch's and every CUDA device's generator, in plain values."""
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": [version, torch.tensor(words), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what `random_state` returned."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class ResumableLoader:
+    """A loader of training batches whose position a checkpoint can hold.
+
+    A loader with `state_dict` and `load_state_dict` finds its place itself. Any other one over a
+    map-style data set is started from the random state its epoch began with, and the batches that
+    were trained on are drawn again and dropped: samplers, augmentations and worker processes then
+    stand where they stood. An iterable data set without a state starts anew and says so.
+
+    Iterating begins when the first batch is asked for, so that a restored position is in time.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = without_persistent_workers(loader)
+        self._epoch_start: dict[str, Any] = {}
+        self._num_served = 0
+        self._restored: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # not yet set: a copy is being made
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: Lightning asks, and restores it in some cases only; ExactResume does in all."""
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Nothing: see `state_dict`."""
+
+    def __iter__(self) -> Iterator[Any]:
+        restored, self._restored = self._restored, None
+        if restored is not None and "loader" in restored:
+            self.loader.load_state_dict(restored["loader"])
+            restored = None
+        after = random_state()
+        if restored is not None:
+            self._set_generators(restored["generators"])
+            set_random_state(restored["epoch_start"])
+        self._epoch_start = {"epoch_start": random_state(), "generators": self._generators()}
+        self._num_served = 0
+        batches = iter(self.loader)
+        if restored is not None:
+            for self._num_served in range(1, restored["num_served"] + 1):
+                next(batches)
+            set_random_state(after)
+        for batch in batches:
+            self._num_served += 1
+            yield batch
+
+    def position(self, *, mid_epoch: bool) -> dict[str, Any]:
+        """Where the loader stands, in plain values; empty between epochs if it has no state."""
+        if _is_stateful(self.loader):
+            return {"loader": self.loader.state_dict()}
+        if not mid_epoch:
+            return {"generators": self._generators()}
+        return {**self._epoch_start, "num_served": self._num_served}
+
+    def restore(self, position: Mapping[str, Any], *, epoch: int) -> None:
+        """Go on from what `position` returned with the next batch asked for."""
+        if "loader" in position:
+            self._restored = dict(position)
+        elif "num_served" not in position:
+            self._set_generators(position["generators"])
+        elif isinstance(getattr(self.loader, "dataset", None), IterableDataset):
+            rank_zero_warn(
+                f"resuming in epoch {epoch}: the iterable data set has no state_dict, so its first "
+                f"{position['num_served']} batches, already trained on, are served again"
+            )
+        else:
+            rank_zero_info(
+                f"resuming in epoch {epoch}: drawing {position['num_served']} batches again to "
+                "find the place in the data"
+            )
+            self._restored = dict(position)
+
+    def _own_generators(self) -> list[torch.Generator]:
+        loader = self.loader
+        holders = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+        found = [getattr(holder, "generator", None) for holder in holders]
+        return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+    def _generators(self) -> list[torch.Tensor]:
+        return [generator.get_state() for generator in self._own_generators()]
+
+    def _set_generators(self, states: list[torch.Tensor]) -> None:
+        for generator, state in zip(self._own_generators(), states, strict=True):
+            generator.set_state(state)
+
+
+def without_persistent_workers(loader: Any) -> Any:
+    """The same loader with new workers every epoch: the random state of kept ones is out of reach.
+
+    Raises ValueError for a subclass of DataLoader that keeps its workers.
+    """
+    if not getattr(loader, "persistent_workers", False):
+        return loader
+    if type(loader) is not DataLoader:
+        raise ValueError(
+            f"{type(loader).__name__} keeps its workers between epochs, and their random state "
+            "cannot be saved; give it persistent_workers=False, or type resume=never"
+        )
+    arguments = {
+        name: getattr(loader, name)
+        for name in inspect.signature(DataLoader).parameters
+        if hasattr(loader, name)
+    }
+    arguments["persistent_workers"] = False
+    if loader.batch_sampler is not None:
+        for name in ("batch_size", "shuffle", "sampler", "drop_last"):
+            arguments.pop(name, None)
+    return DataLoader(**arguments)
+
+
+def resumable(loaders: Any) -> tuple[Any, list[ResumableLoader]]:
+    """What `train_dataloader` returned with each loader in it made resumable, and those loaders."""
+    if not isinstance(loaders, CombinedLoader):
+        if not isinstance(loaders, Mapping | list | tuple):
+            loader = ResumableLoader(loaders)
+            return loader, [loader]
+        loaders = CombinedLoader(loaders, "max_size_cycle")
+    found = [ResumableLoader(loader) for loader in loaders.flattened]
+    loaders.flattened = found
+    return loaders, found
+
+
+class ExactResume(pl.Callback):
+    """Keeps the random state and the position in the data with each checkpoint.
+
+    Restores both when a continued fit starts to train.
+    """
+
+    def __init__(self) -> None:
+        self._loaders: list[ResumableLoader] = []
+        self._restored: dict[str, Any] | None = None
+
+    def attach(self, source: pl.LightningDataModule | pl.LightningModule) -> None:
+        """Let what provides the training data serve resumable loaders."""
+        source.train_dataloader = partial(  # type: ignore[method-assign]
+            self._train_dataloader, source.train_dataloader
+        )
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        mid_epoch = not trainer.is_last_batch
+        checkpoint["resume"] = {
+            "random_state": random_state(),
+            "positions": [loader.position(mid_epoch=mid_epoch) for loader in self._loaders],
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._restored = checkpoint.get("resume")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        restored, self._restored = self._restored, None
+        if restored is None:
+            return
+        for loader, position in zip(self._loaders, restored["positions"], strict=True):
+            loader.restore(position, epoch=trainer.current_epoch)
+        set_random_state(restored["random_state"])
+
+    def _train_dataloader(self, train_dataloader: Callable[[], Any]) -> Any:
+        loaders, self._loaders = resumable(train_dataloader())
+        return loaders
+
+
+def _is_stateful(loader: Any) -> bool:
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")

@@ -1,0 +1,86 @@
+"""Trains one run: `python -m app.train averaging=ema clip=value`."""
+
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from app import cli
+from app.check import check
+from app.folder import RunFolder
+
+
+def main(cfg: DictConfig) -> None:
+    """Check the configuration, then train, test and leave the result in the run's folder."""
+    config = check(cfg)
+    folder = RunFolder(Path(config["run_dir"]))
+    with folder.locked():
+        if config["resume"] == "never":
+            folder.move_aside()
+        folder.refuse_changes(config)
+        result = folder.read_result()
+        if result is not None and result["status"] == "finished":
+            print(f"{folder.path} is finished; see {folder.result_path}")
+            return
+        folder.write_config(config, list(HydraConfig.get().overrides.task))
+        train(config, folder)
+
+
+def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
+    """Fit and test; returns the content of result.json, which is written also on a failure."""
+    with _imports_uncollected():
+        from lightning.pytorch.utilities.model_helpers import is_overridden
+
+        from app.build import build
+        from app.checkpoint import newest_intact
+        from app.progress import StartTable
+        from app.record import Record, draw_curves
+    record = Record(config, folder)
+    with record.kept():
+        with record.phase("build"):
+            start = StartTable(config)
+            run = build(config, [start])
+        checkpoint = newest_intact(folder.checkpoints)
+        if checkpoint is not None:
+            print(f"continuing from {checkpoint}", flush=True)
+        with record.phase("fit"):
+            run.trainer.fit(run.model, datamodule=run.data, ckpt_path=checkpoint)
+        record.content |= {
+            "metrics": {name: float(v) for name, v in run.trainer.callback_metrics.items()},
+            "optimizer_steps": run.trainer.global_step,
+            "epochs": run.trainer.current_epoch,
+            "batch": start.batch,
+            "checkpoints": run.checkpoints(),
+        }
+        if config["test"] != "none" and is_overridden("test_step", run.model):
+            path = record.content["checkpoints"][config["test"]]
+            with record.phase("test"):
+                metrics = run.trainer.test(
+                    run.model, datamodule=run.data, ckpt_path=path, verbose=False
+                )
+            for name, value in (item for part in metrics for item in part.items()):
+                record.content["metrics"][name] = value
+        with record.phase("curves"):
+            draw_curves(folder.path / "metrics.csv", folder.path / "curves.png")
+    metrics = "  ".join(f"{k} {v:.4g}" for k, v in sorted(record.content["metrics"].items()))
+    print(f"finished  {metrics}\n{folder.result_path}")
+    return record.content
+
+
+@contextmanager
+def _imports_uncollected() -> Iterator[None]:
+    """Spare the garbage collector the objects that modules are made of: they stay to the end."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+if __name__ == "__main__":
+    cli.main(main, "train", __doc__)

@@ -1,0 +1,99 @@
+"""The Trainer of a run: Lightning's, with the arguments a run chooses and an exact step count."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import CheckpointIO
+
+from app.accumulate import Accumulation
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer; its `estimated_stepping_batches` knows accumulation schedules.
+
+    Args:
+        max_epochs, max_steps, max_minutes: the run ends at whichever comes first; None is no
+            limit. A step is an optimizer step.
+        threads: intra-op threads of torch on the CPU; None leaves torch's own choice. Tiny models
+            are faster with one, and give the same weights on every machine load.
+        deterministic: refuse operations that have no deterministic implementation.
+        run_dir: folder of the run.
+        The others are Lightning's.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_epochs: int | None,
+        max_steps: int | None,
+        max_minutes: float | None,
+        accelerator: str,
+        devices: int,
+        threads: int | None,
+        deterministic: bool,
+        benchmark: bool | None,
+        limit_train_batches: int | float | None,
+        limit_val_batches: int | float | None,
+        limit_test_batches: int | float | None,
+        val_check_interval: int | float,
+        check_val_every_n_epoch: int | None,
+        num_sanity_val_steps: int,
+        log_every_n_steps: int,
+        detect_anomaly: bool,
+        precision: str,
+        run_dir: Path,
+        callbacks: Sequence[pl.Callback],
+        loggers: Sequence[Logger],
+        checkpoint_io: CheckpointIO,
+        enable_progress_bar: bool,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        super().__init__(
+            max_epochs=-1 if max_epochs is None else max_epochs,
+            max_steps=-1 if max_steps is None else max_steps,
+            max_time=None if max_minutes is None else {"seconds": round(60 * max_minutes)},
+            accelerator=accelerator,
+            devices=devices,
+            deterministic=deterministic,
+            benchmark=benchmark,
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            val_check_interval=val_check_interval,
+            check_val_every_n_epoch=check_val_every_n_epoch,
+            num_sanity_val_steps=num_sanity_val_steps,
+            log_every_n_steps=log_every_n_steps,
+            detect_anomaly=detect_anomaly,
+            precision=precision,  # type: ignore[arg-type]  # checked by the schema
+            default_root_dir=run_dir,
+            callbacks=list(callbacks),
+            logger=list(loggers),
+            plugins=[checkpoint_io],
+            enable_checkpointing=any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
+            enable_progress_bar=enable_progress_bar,
+            enable_model_summary=False,
+        )
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        """Optimizer steps of the whole run, exactly; inf where neither data nor limits tell.
+
+        Lightning's takes one accumulation factor for all epochs.
+        """
+        accumulation = next((c for c in self.callbacks if isinstance(c, Accumulation)), None)
+        if accumulation is None or self.max_epochs in (None, -1):
+            return super().estimated_stepping_batches
+        if self.train_dataloader is None:
+            self.fit_loop.setup_data()
+        if self.num_training_batches == math.inf:
+            return super().estimated_stepping_batches
+        assert self.max_epochs is not None
+        steps = accumulation.total_steps(
+            num_batches=int(self.num_training_batches), num_epochs=self.max_epochs
+        )
+        return steps if self.max_steps == -1 else min(steps, self.max_steps)
