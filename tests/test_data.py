@@ -330,6 +330,12 @@ def test_a_position_that_does_not_exist_is_refused() -> None:
 class Recorder(LightningModule):
     """Remembers the labels of every batch it trains on."""
 
+    def train_dataloader(self) -> InMemoryLoader:
+        return loader(seed=7)
+
+    def val_dataloader(self) -> InMemoryLoader:
+        return loader(shuffle=False)
+
     def __init__(self) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(2, 1)
@@ -367,7 +373,7 @@ def fit(callbacks: list[Callback], resume: Path | None = None, **changes: Any) -
         enable_progress_bar=False,
         enable_model_summary=False,
         **settings,
-    ).fit(model, loader(seed=7), loader(shuffle=False), ckpt_path=resume, weights_only=True)
+    ).fit(model, ckpt_path=resume, weights_only=True)
     return model.seen
 
 
@@ -390,18 +396,4 @@ def test_lightning_resumes_with_more_epochs(tmp_path: Path) -> None:
 
 
 def test_lightning_shuffles_anew_where_it_reloads_the_loaders() -> None:
-    class Reloading(Recorder):
-        def train_dataloader(self) -> InMemoryLoader:
-            return loader(seed=7)
-
-    model = Reloading()
-    Trainer(
-        accelerator="cpu",
-        max_epochs=3,
-        reload_dataloaders_every_n_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(model)
-    assert model.seen == fit([])
+    assert fit([], reload_dataloaders_every_n_epochs=1) == fit([])

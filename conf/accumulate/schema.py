@@ -27,7 +27,7 @@ from ..rules import require
 
 
 class By(str, Enum):
-    """What the keys of a schedule count."""
+    """What the starts of a schedule count."""
 
     epoch = "epoch"
     step = "step"
@@ -53,17 +53,31 @@ class ScheduledAccumulation:
 
     _target_: str = "app.accumulate.ScheduledAccumulation"
     by: By = MISSING
-    """epoch or step: what the keys of `factors` count, both from 0."""
-    factors: dict[int, int] = MISSING
-    """First epoch (or optimizer step) -> micro-batches per step from there on; has a key 0."""
+    """epoch or step: what `starts` counts, from 0."""
+    starts: list[int] = MISSING
+    """First epoch (or optimizer step) of each factor: rising from 0."""
+    factors: list[int] = MISSING
+    """Micro-batches per optimizer step from each start on, >= 1."""
     weight_by: str | None = MISSING
     """Key or attribute of the batch with its count (a number, or a tensor that is summed)."""
 
     def __post_init__(self) -> None:
-        starts = sorted(self.factors)
-        typed = "type for example 'accumulate.factors={0: 1, 4: 8}'"
-        require(starts[:1] == [0], "accumulate.factors", "begin at 0", f"the keys {starts}", typed)
-        for factor in self.factors.values():
+        starts = list(self.starts)
+        require(
+            starts[:1] == [0] and starts == sorted(set(starts)),
+            "accumulate.starts",
+            "rise from 0",
+            starts,
+            "type for example 'accumulate.starts=[0,4]' 'accumulate.factors=[1,8]'",
+        )
+        require(
+            len(self.factors) == len(starts),
+            "accumulate.factors",
+            f"hold one factor for each of the {len(starts)} starts",
+            list(self.factors),
+            "type for example 'accumulate.starts=[0,4]' 'accumulate.factors=[1,8]'",
+        )
+        for factor in self.factors:
             _require_factor("accumulate.factors", factor)
 
 

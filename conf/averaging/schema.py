@@ -7,11 +7,11 @@ weights, with which training goes on, lie beside it in the checkpoints. Use it a
 high-ish learning rate and a short budget, where it beats decaying the rate; a long cosine catches
 up. Lightning's own averages lose the start, the end, or the test.
 
-| preset  | the average                                                       | source           |
-|---------|-------------------------------------------------------------------|------------------|
-| ema     | exponential: recent weights count most                            | arXiv 1803.00676, timm |
-| swa     | equal weights over the ends of the last epochs, at a rate of its own | arXiv 1803.05407 |
-| uniform | equal weights over every step (or epoch) from a start on          | Polyak, Juditsky 1992 |
+| preset  | the average                                                | source                  |
+|---------|------------------------------------------------------------|-------------------------|
+| ema     | exponential: recent weights count most                     | Polyak, Juditsky; timm  |
+| swa     | equal weights: the ends of the last epochs, at its own rate | arXiv 1803.05407       |
+| uniform | equal weights: every step (or epoch) from a start on       | Polyak, Juditsky 1992   |
 
 Write `averaging.NAME=null` to take a bound away. A rule of your own: subclass one of these in
 `app.averaging`, override `should_update`, and name the class in `averaging._target_`.

@@ -4,14 +4,14 @@ Acts in `on_before_optimizer_step`: once per optimizer step, after accumulation 
 automatic and manual optimization alike. Use it where single steps blow up: high learning rates,
 recurrent and transformer models, reinforcement learning.
 
-| preset     | what it bounds                                     | when                | source     |
-|------------|----------------------------------------------------|---------------------|------------|
-| norm       | the norm over all gradients of the optimizer       | the usual choice    | 1211.5063  |
-| value      | each element by itself; changes the direction      | a few huge elements | torch      |
-| adaptive   | each output unit's norm, relative to its weights'  | no batch norm (AGC) | 2102.06171 |
-| percentile | the norm, by a percentile of all norms before it   | scale unknown       | 2007.14469 |
+| preset     | what it bounds                                    | when              | source     |
+|------------|---------------------------------------------------|-------------------|------------|
+| norm       | the norm over all gradients of the optimizer      | the usual choice  | 1211.5063  |
+| value      | each element by itself, changing the direction    | few huge elements | torch      |
+| adaptive   | each output unit's norm, relative to its weights' | no batch norm     | 2102.06171 |
+| percentile | the norm, by a percentile of the norms so far     | scale unknown     | 2007.14469 |
 
-A step whose norm is NaN or Inf is `clip.nonfinite`'s business: a skipped step changes no weight and
+Sources are arXiv numbers. A step whose norm is NaN or Inf is `clip.nonfinite`'s business: a skipped step changes no weight and
 no optimizer state. In 16-mixed precision the gradient scaler skips such steps, whatever is set.
 Each rule reports `grad_norm` (before clipping), `clipped_share` and `skipped_steps`. A model that
 overrides `configure_gradient_clipping` still does: norm (with norm_type=2) and value hand it their

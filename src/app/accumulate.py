@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -245,14 +245,18 @@ class ScheduledAccumulation(Accumulation):
     Lightning's GradientAccumulationScheduler knows epochs only and starts a resumed epoch at 1.
     """
 
-    def __init__(self, *, by: str, factors: Mapping[int, int], weight_by: str | None) -> None:
+    def __init__(
+        self, *, by: str, starts: Sequence[int], factors: Sequence[int], weight_by: str | None
+    ) -> None:
         super().__init__(weight_by=weight_by)
         self.by = by
-        self.factors = dict(factors)
+        self.starts = list(starts)
+        self.factors = list(factors)
 
     @property
     def schedules(self) -> tuple[Mapping[int, int], Mapping[int, int]]:
-        return ({0: 1}, self.factors) if self.by == "step" else (self.factors, {0: 1})
+        factors = dict(zip(self.starts, self.factors, strict=True))
+        return ({0: 1}, factors) if self.by == "step" else (factors, {0: 1})
 
 
 class EffectiveBatch(Accumulation):

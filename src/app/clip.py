@@ -60,11 +60,15 @@ def adaptive_scales(
     return bounds.div_(grad_norms).clamp_max_(1.0)
 
 
-def scale_units_(grads: list[Tensor], scales: Tensor) -> None:
-    """Scale every output unit by its entry of `scales`, shape (units,), in place."""
-    parts = scales.split([len(g) if g.ndim > 1 else 1 for g in grads])
-    shapes = [(-1, *(1,) * (g.ndim - 1)) if g.ndim > 1 else () for g in grads]
-    torch._foreach_mul_(grads, [part.view(s) for part, s in zip(parts, shapes, strict=True)])
+def scale_units_(groups: list[tuple[list[Tensor], Tensor]]) -> None:
+    """Scale every output unit by its entry of the scales, shape (units,), in place.
+
+    A group is the gradients on one device and the scales of all their units.
+    """
+    for grads, scales in groups:
+        parts = torch.split(scales, [len(g) if g.ndim > 1 else 1 for g in grads])
+        shapes = [(-1, *(1,) * (g.ndim - 1)) if g.ndim > 1 else () for g in grads]
+        torch._foreach_mul_(grads, [part.view(s) for part, s in zip(parts, shapes, strict=True)])
 
 
 def percentile_of(ordered: list[float], percentile: float) -> float:
@@ -332,20 +336,36 @@ class AdaptiveClip(Clip):
             self._excluded.update(heads[-1])
 
     def measure(self, position: int, params: list[Tensor], grads: list[Tensor]) -> Measured:
-        by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = defaultdict(
-            lambda: ([], [])
-        )
-        rest = []
+        groups: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+        left_alone = []
         for param, grad in zip(params, grads, strict=True):
             if param in self._excluded:
-                rest.append(grad)
+                left_alone.append(grad)
                 continue
-            if grad.ndim != param.ndim or grad.shape[:1] != param.shape[:1]:
-                raise ValueError("clip=adaptive")
-            weights, bounded = by_device[grad.device]
+            if grad.shape != param.shape:
+                raise ValueError(
+                    "clip=adaptive must have dense gradients, got a sparse one of a parameter of "
+                    f"shape {tuple(param.shape)}; name that parameter in clip.exclude"
+                )
+            weights, bounded = groups.setdefault(grad.device, ([], []))
             weights.append(param)
             bounded.append(grad)
-        return 0.0, None
+
+        norms = [get_total_norm(left_alone)] if left_alone else []
+        smallest = []
+        scaled = []
+        for weights, bounded in groups.values():
+            grad_norms = unit_norms(bounded)
+            scales = adaptive_scales(weights, grad_norms, self.clip_factor, self.eps)
+            norms.append(torch.linalg.vector_norm(grad_norms))
+            smallest.append(scales.min())
+            scaled.append((bounded, scales))
+
+        device = norms[0].device
+        found = torch.stack([n.to(device) for n in norms + smallest]).tolist()
+        norm = math.hypot(*found[: len(norms)])
+        over = min(found[len(norms) :], default=1.0) < 1
+        return norm, partial(scale_units_, scaled) if over else None
 
 
 class PercentileClip(Clip):

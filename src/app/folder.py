@@ -59,7 +59,7 @@ class RunFolder:
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Keep what the run came to."""
-        write_atomically(self.result_path, json.dumps(result, indent=2) + "\n")
+        write_json(self.result_path, result)
 
     def refuse_changes(self, config: Mapping[str, Any]) -> None:
         """Raise Refused, naming the keys, where the run in the folder has another configuration."""
@@ -135,3 +135,8 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     partial.write_text(text)
     partial.replace(path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write indented JSON, atomically."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")

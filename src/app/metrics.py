@@ -37,7 +37,9 @@ class StepMetrics(pl.Callback):
         self._losses: list[Tensor] = []
         self._epoch_loss = 0.0
         self._num_epoch_losses = 0
+        self._num_steps = 0  # as the loggers count: two optimizers that step on a batch are one
         self._logged_step = 0
+        self._global_step = 0
         self._model_logs_loss: bool | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -57,11 +59,14 @@ class StepMetrics(pl.Callback):
     ) -> None:
         if isinstance(outputs, dict) and "loss" in outputs:
             self._losses.append(outputs["loss"])
-        if trainer.global_step - self._logged_step >= trainer.log_every_n_steps:
-            self._log(trainer)
+        if trainer.global_step != self._global_step:
+            self._global_step = trainer.global_step
+            self._num_steps += 1
+            if self._num_steps - self._logged_step >= trainer.log_every_n_steps:
+                self._log(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step > self._logged_step:
+        if self._num_steps > self._logged_step:
             self._log(trainer)
         if self._model_logs_loss is None:
             self._model_logs_loss = "train_loss" in trainer.callback_metrics
@@ -74,17 +79,21 @@ class StepMetrics(pl.Callback):
             "losses": list(self._losses),
             "epoch_loss": self._epoch_loss,
             "num_epoch_losses": self._num_epoch_losses,
+            "num_steps": self._num_steps,
             "logged_step": self._logged_step,
+            "global_step": self._global_step,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._losses = state_dict["losses"]
         self._epoch_loss = state_dict["epoch_loss"]
         self._num_epoch_losses = state_dict["num_epoch_losses"]
+        self._num_steps = state_dict["num_steps"]
         self._logged_step = state_dict["logged_step"]
+        self._global_step = state_dict["global_step"]
 
     def _log(self, trainer: pl.Trainer) -> None:
-        self._logged_step = trainer.global_step
+        self._logged_step = self._num_steps
         metrics = {
             name: value for source in self._sources for name, value in source.step_metrics().items()
         }
@@ -99,7 +108,8 @@ class StepMetrics(pl.Callback):
         metrics["epoch"] = trainer.current_epoch
         for logger in trainer.loggers:
             # Lightning numbers the line of a step from 0
-            logger.log_metrics(metrics, step=trainer.global_step - 1)
+            logger.log_metrics(metrics, step=self._num_steps - 1)
+            logger.save()
 
 
 class MetricsCsv(Logger):
@@ -116,7 +126,8 @@ class MetricsCsv(Logger):
         super().__init__()
         self.path = Path(save_dir) / "metrics.csv"
         self._columns: list[str] = []
-        self._line: dict[str, float] = {}
+        self._line: dict[str, Any] = {}
+        self._line_start = 0
 
     @property
     def name(self) -> str:
@@ -137,8 +148,8 @@ class MetricsCsv(Logger):
         """Add to the line of an optimizer step, counted from 0."""
         assert step is not None
         if self._line.get("step") != step:
-            self.save()
             self._line = {"step": step}
+            self._line_start = self.path.stat().st_size if self._columns else 0
         self._line.update(metrics)
 
     @rank_zero_only
@@ -146,12 +157,13 @@ class MetricsCsv(Logger):
         """Bring the file up to date."""
         if not self._line:
             return
-        if self._columns and self._columns == list(dict.fromkeys([*self._columns, *self._line])):
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self._columns).writerow(self._line)
-        else:
+        if not self._columns or not self._line.keys() <= set(self._columns):
             self._rewrite()
-        self._line = {}
+            return
+        with self.path.open("r+", newline="") as file:
+            file.seek(self._line_start)
+            csv.DictWriter(file, self._columns).writerow(self._line)
+            file.truncate()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -160,23 +172,27 @@ class MetricsCsv(Logger):
 
     def _rewrite(self) -> None:
         step = self._line["step"]
-        lines: list[dict[str, Any]] = [row for row in read_metrics(self.path) if row["step"] < step]
-        lines.append(self._line)
-        self._columns = list(dict.fromkeys(name for line in lines for name in line))
+        lines = [line for line in _read_lines(self.path) if int(line["step"]) < step]
+        self._columns = list(dict.fromkeys(name for line in [*lines, self._line] for name in line))
         partial = self.path.with_suffix(".part")
         with partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(lines)
+            self._line_start = file.tell()
+            writer.writerow(self._line)
         partial.replace(self.path)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a `metrics.csv`, without their empty cells; none where there is no file."""
+    return [
+        {name: float(cell) for name, cell in line.items() if cell} for line in _read_lines(path)
+    ]
+
+
+def _read_lines(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [
-            {name: float(cell) for name, cell in line.items() if cell}
-            for line in csv.DictReader(file)
-        ]
+        return list(csv.DictReader(file))

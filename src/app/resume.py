@@ -70,9 +70,6 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[Any]:
         restored, self._restored = self._restored, None
-        if restored is not None and "loader" in restored:
-            self.loader.load_state_dict(restored["loader"])
-            restored = None
         after = random_state()
         if restored is not None:
             self._set_generators(restored["generators"])
@@ -99,7 +96,7 @@ class ResumableLoader:
     def restore(self, position: Mapping[str, Any], *, epoch: int) -> None:
         """Go on from what `position` returned with the next batch asked for."""
         if "loader" in position:
-            self._restored = dict(position)
+            self.loader.load_state_dict(position["loader"])
         elif "num_served" not in position:
             self._set_generators(position["generators"])
         elif isinstance(getattr(self.loader, "dataset", None), IterableDataset):

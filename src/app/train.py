@@ -1,6 +1,7 @@
 """Trains one run: `python -m app.train averaging=ema clip=value`."""
 
 import gc
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,13 +74,18 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
 
 @contextmanager
 def _imports_uncollected() -> Iterator[None]:
-    """Spare the garbage collector the objects that modules are made of: they stay to the end."""
+    """Spare the garbage collector the objects that modules are made of: they stay to the end.
+
+    What Lightning says goes through the root logger, which Hydra has set up, and only there.
+    """
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         gc.enable()
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()
 
 
 if __name__ == "__main__":

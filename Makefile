@@ -1,0 +1,26 @@
+# make train: set up on a fresh machine, then train the default. make test: likewise, then test.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/ready
+ARGS ?=
+
+.PHONY: train test lint clean
+
+train: $(READY)
+	$(PYTHON) -m app.train $(ARGS)
+
+test: $(READY) lint
+	$(PYTHON) -m pytest -m "not gpu" $(ARGS)
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(READY): pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist

@@ -1,0 +1,68 @@
+"""Evaluates a trained run: `python -m app.evaluate run=runs/mine stage=test`."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from app import cli
+from app.folder import RunFolder, write_json
+
+
+def main(cfg: DictConfig) -> None:
+    """Restore a checkpoint of the run and test, validate or predict with it."""
+    OmegaConf.to_object(cfg)
+    folder = RunFolder(Path(cfg.run))
+    config = folder.read_config()
+    if config is None:
+        raise cli.Refused(f"run must be the folder of a run, got {cfg.run}: it has no config.yaml")
+    changed = OmegaConf.merge(config, OmegaConf.from_dotlist(list(cfg.overrides)))
+    evaluate(
+        OmegaConf.to_container(changed),
+        folder,
+        stage=cfg.stage.value,
+        checkpoint=checkpoint_path(folder, cfg.checkpoint),
+    )
+
+
+def checkpoint_path(folder: RunFolder, checkpoint: str) -> Path:
+    """The file that `checkpoint` means: best, last, or a path.
+
+    Raises Refused where there is none, naming those that there are.
+    """
+    path = Path(checkpoint)
+    if checkpoint in ("best", "last"):
+        path = folder.checkpoints / f"{checkpoint}.ckpt"
+    if not path.exists():
+        found = sorted(file.stem for file in folder.checkpoints.glob("*.ckpt"))
+        raise cli.Refused(
+            f"checkpoint must be best, last or the path of a checkpoint, got {checkpoint}: there "
+            f"is no {path}; in this run there are: {', '.join(found) or 'none'}"
+        )
+    return path
+
+
+def evaluate(config: Any, folder: RunFolder, *, stage: str, checkpoint: Path) -> None:
+    """Print the metrics and write them to `<stage>.json`, or predictions to `predictions.pt`."""
+    import torch
+
+    from app.build import build
+
+    run = build({**config, "logger": None, "callbacks": None}, [])
+    if stage == "predict":
+        predictions = run.trainer.predict(run.model, datamodule=run.data, ckpt_path=checkpoint)
+        path = folder.path / "predictions.pt"
+        torch.save(predictions, path)
+        print(path)
+        return
+    runner = run.trainer.test if stage == "test" else run.trainer.validate
+    parts = runner(run.model, datamodule=run.data, ckpt_path=checkpoint, verbose=False)
+    metrics = {name: value for part in parts for name, value in part.items()}
+    path = folder.path / f"{stage}.json"
+    write_json(path, {"checkpoint": str(checkpoint), "metrics": metrics})
+    print("  ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items())))
+    print(path)
+
+
+if __name__ == "__main__":
+    cli.main(main, "evaluate", __doc__)

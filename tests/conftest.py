@@ -1,0 +1,40 @@
+"""Composed, checked configurations and runs of a few steps, for every test file."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+
+from app.check import check
+
+SMALL = ("model.channels=4", "trainer.max_epochs=2", "trainer.limit_train_batches=6",
+         "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "callbacks.progress=null",
+         "logger=csv", "data.batch_size=16")  # fmt: skip
+"""A run of the default model that takes a tenth of a second."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def composed(tmp_path: Path) -> Callable[..., DictConfig]:
+    """Compose `overrides` over `config_name` as the command line does."""
+
+    def compose_(*overrides: str, config_name: str = "train") -> DictConfig:
+        with initialize_config_module("app.conf", version_base="1.3"):
+            return compose(config_name, [f"run_dir={tmp_path}/run", "name=run", *overrides])
+
+    return compose_
+
+
+@pytest.fixture
+def checked(composed: Callable[..., DictConfig]) -> Callable[..., dict[str, Any]]:
+    """Compose and check."""
+    return lambda *overrides: check(composed(*overrides))
