@@ -1,6 +1,5 @@
 """Composed, checked configurations and runs of a few steps, for every test file."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

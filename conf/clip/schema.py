@@ -11,11 +11,11 @@ recurrent and transformer models, reinforcement learning.
 | adaptive   | each output unit's norm, relative to its weights' | no batch norm     | 2102.06171 |
 | percentile | the norm, by a percentile of the norms so far     | scale unknown     | 2007.14469 |
 
-Sources are arXiv numbers. A step whose norm is NaN or Inf is `clip.nonfinite`'s business: a skipped step changes no weight and
-no optimizer state. In 16-mixed precision the gradient scaler skips such steps, whatever is set.
-Each rule reports `grad_norm` (before clipping), `clipped_share` and `skipped_steps`. A model that
-overrides `configure_gradient_clipping` still does: norm (with norm_type=2) and value hand it their
-number and leave the clipping to it, the others clip first.
+A number is an arXiv id. A step whose norm is NaN or Inf is `clip.nonfinite`'s business: a skipped
+step changes no weight and no optimizer state. In 16-mixed precision the gradient scaler skips such
+steps, whatever is set. Every rule reports `grad_norm` (before clipping), `clipped_share` and
+`skipped_steps`. A model that overrides `configure_gradient_clipping` keeps its say: norm (with
+norm_type=2) and value hand it their number and leave the clipping to it, the others clip first.
 
 A rule of your own: a class with one method, `measure` of `app.clip.Clip`, and a YAML that names it.
 """
@@ -100,7 +100,7 @@ class PercentileClip:
     percentile: float = MISSING
     """Which percentile of the history bounds the norm, in (0, 100]; 100 never clips."""
     history: int | None = MISSING
-    """Length of the history in optimizer steps, >= 2; null keeps every step."""
+    """Length of the history in optimizer steps, >= 2; null keeps (and saves) every step."""
     nonfinite: NonFinite = MISSING
     """skip the step, stop with an error, or zero the non-finite elements and clip the rest."""
 

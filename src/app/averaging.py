@@ -31,6 +31,7 @@ from torchmetrics import Metric
 
 RAW = "raw_weights"
 WIDE = "averaged_weights_float32"
+STATISTICS = ("running_mean", "running_var")
 
 
 # --------------------------------------------------------------------------------------- the rules
@@ -187,8 +188,8 @@ class Shadow:
         return {id(tensor): name for name, tensor in self._live.items()}
 
     @torch.no_grad()
-    def restore(self, raw: Mapping[str, Tensor], wider: Mapping[str, Tensor]) -> None:
-        """Take the live tensors for the average, or `wider` where given; make `raw` live.
+    def restore(self, raw: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
+        """Take `averages` for the average, the live tensors where it has none; make `raw` live.
 
         Raises ValueError where the module lacks one of `raw`.
         """
@@ -198,8 +199,8 @@ class Shadow:
                 f"{', '.join(sorted(missing))}; resume with the model it was written with"
             )
         for name, tensor in raw.items():
-            if name in wider:
-                self._averages[name].copy_(wider[name])
+            if name in averages:
+                self._averages[name].copy_(averages[name])
             self._live[name].copy_(tensor)
 
     def _scan(self, keep: Container[str]) -> None:
@@ -269,33 +270,35 @@ def _fits(average: Tensor | None, tensor: Tensor) -> bool:
 
 
 def stand_in(pl_module: pl.LightningModule, trainer: pl.Trainer) -> pl.LightningModule:
-    """A copy that shares the values of all parameters and buffers, and no other state.
+    """A copy that shares the values of the parameters, and no other state.
 
-    Running it leaves the original's modes, metrics and attributes alone. Tensors and data sets that
-    are plain attributes are shared. Raises ValueError where the model cannot be copied.
+    Running it leaves the original's modes, buffers, metrics and attributes alone. Tensors and data
+    sets that are plain attributes are shared. Raises ValueError where the model cannot be copied.
     """
     outside = [trainer, trainer.strategy, trainer.datamodule]  # type: ignore[attr-defined]
     outside += [*_callbacks(trainer), *trainer.loggers, *trainer.optimizers]
-    for module in pl_module.modules():
-        if not isinstance(module, Metric):
-            for value in vars(module).values():
-                held = value if isinstance(value, list | tuple | deque) else [value]
-                outside += [
-                    item for item in held if isinstance(item, Tensor | Dataset | DataLoader)
-                ]
     memo: dict[int, Any] = {id(value): value for value in outside}
+    for module in pl_module.modules():
+        for value in vars(module).values():
+            for item in value if isinstance(value, list | tuple | deque) else [value]:
+                if isinstance(item, Tensor):  # one with a graph cannot be copied
+                    is_state = isinstance(module, Metric)
+                    memo[id(item)] = item.detach().clone() if is_state else item
+                elif isinstance(item, Dataset | DataLoader):
+                    memo[id(item)] = item
     for parameter in pl_module.parameters():
         # a tensor of its own: Lightning moves a model it has evaluated to the CPU
         alias = torch.nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
         memo[id(parameter)] = alias
-    memo.update((id(buffer), buffer.detach()) for buffer in pl_module.buffers())
+    memo.update((id(buffer), buffer.detach().clone()) for buffer in pl_module.buffers())
     try:
         twin = copy.deepcopy(pl_module, memo)
     except (TypeError, RuntimeError) as error:
         raise ValueError(
             f"averaging needs a copy of {type(pl_module).__name__}, and that failed: {error}; type "
-            " averaging.bn_batches=null averaging.validate=averaged to do without"
+            "averaging.bn_batches=null averaging.validate=averaged to do without"
         ) from error
+    twin._metric_attributes = None  # Lightning's list of them, by the ids of the originals
     for module in twin.modules():
         if isinstance(module, Metric):
             module.reset()
@@ -334,22 +337,21 @@ def recompute_norms(
         twin.trainer = trainer
         twin.log = _log_nothing  # type: ignore[method-assign]
         takes_index = len(inspect.signature(twin.training_step).parameters) > 1
-        norms = [part for name, part in _norms_of(twin) if name in names]
-        counts = [norm.state_dict()["num_batches_tracked"].clone() for norm in norms]
-        for norm in norms:
+        norms = {name: norm for name, norm in _norms_of(twin) if name in names}
+        for norm in norms.values():
             norm.train()
             norm.momentum = None
             norm.reset_running_stats()
-        try:
-            for index, batch in enumerate(chain([first], batches)):
-                batch = trainer.precision_plugin.convert_input(batch)
-                batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-                with trainer.precision_plugin.train_step_context():
-                    twin.training_step(*([batch, index] if takes_index else [batch]))
-        finally:
-            for norm, count in zip(norms, counts, strict=True):
-                norm.state_dict()["num_batches_tracked"].copy_(count)
+        for index, batch in enumerate(chain([first], batches)):
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            with trainer.precision_plugin.train_step_context():
+                twin.training_step(*([batch, index] if takes_index else [batch]))
+    for name, live in _norms_of(pl_module):
+        if name in norms:
+            for key in STATISTICS:
+                live.get_buffer(key).copy_(norms[name].get_buffer(key))
     return True
 
 
@@ -431,6 +433,7 @@ class Averaging(pl.Callback):
         self._shadow: Shadow | None = None
         self._evaluator: pl.Trainer | None = None
         self._restored: dict[str, dict[str, Tensor]] = {}
+        self._restored_averages: dict[str, Tensor] = {}
         self._raw_metrics: dict[str, float] = {}
         self._norms: list[str] = []
         self._stepped = False  # in this batch
@@ -479,7 +482,9 @@ class Averaging(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.state.fn == "fit":
-            self._restored = {key: checkpoint[key] for key in (RAW, WIDE) if key in checkpoint}
+            found = [key for key in (RAW, WIDE) if key in checkpoint]
+            self._restored = {key: checkpoint[key] for key in found}
+            self._restored_averages = checkpoint["state_dict"] if found else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._num_steps = state_dict["num_steps"]
@@ -588,13 +593,14 @@ class Averaging(pl.Callback):
         self._scan_due = False
         self._delivered = False
         self._shadow, self._evaluator = None, None
-        self._restored, self._raw_metrics = {}, {}
+        self._restored, self._restored_averages, self._raw_metrics = {}, {}, {}
 
     def _release(self, trainer: pl.Trainer) -> None:
         """Let go of what one fit held; the model keeps what it shows."""
         self._remove_hooks()
         self._show_raw()
-        self._shadow, self._evaluator, self._restored = None, None, {}
+        self._shadow, self._evaluator = None, None
+        self._restored, self._restored_averages = {}, {}
         files, self._files = self._files, None
         if files is not None and trainer.strategy.checkpoint_io is files:
             trainer.strategy.checkpoint_io = files.inner
@@ -672,9 +678,7 @@ class Averaging(pl.Callback):
         self._norms_stale = False
         self._shadow.swap()
         done = recompute_norms(trainer, pl_module, names=self._norms, num_batches=self.bn_batches)
-        self._shadow.adopt(
-            f"{norm}.{key}" for norm in self._norms for key in ("running_mean", "running_var")
-        )
+        self._shadow.adopt(f"{norm}.{key}" for norm in self._norms for key in STATISTICS)
         self._shadow.swap()
         if not done:
             rank_zero_warn(
@@ -685,11 +689,18 @@ class Averaging(pl.Callback):
 
     def _resume(self, pl_module: pl.LightningModule) -> None:
         restored, self._restored = self._restored, {}
+        averages, self._restored_averages = self._restored_averages, {}
         if RAW not in restored and self._num_updates == 0:
             return
         self._shadow = Shadow(pl_module, keep=restored.get(RAW, {}))
         if RAW in restored:
-            self._shadow.restore(restored[RAW], restored.get(WIDE, {}))
+            names = self._shadow.names()
+            averages = {  # again: 64-true loads it before the model is of that precision
+                names[id(tensor)]: averages[key]
+                for key, tensor in pl_module.state_dict(keep_vars=True).items()
+                if key in averages and id(tensor) in names
+            }
+            self._shadow.restore(restored[RAW], {**averages, **restored.get(WIDE, {})})
         else:
             rank_zero_warn(
                 "the checkpoint holds an average but no raw weights: it was written after its run "

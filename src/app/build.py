@@ -1,6 +1,6 @@
 """From a configuration to the objects of a run: the only module that calls `instantiate`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from app.checkpoint import CheckpointFiles, Checkpoints
@@ -36,16 +37,33 @@ class Run:
         return {"best": keeper.best_model_path or last, "last": last}
 
 
-def build(config: Mapping[str, Any], extra_callbacks: list[pl.Callback]) -> Run:
+def build(config: Mapping[str, Any], extra_callbacks: Sequence[pl.Callback]) -> Run:
     """Build model, data, callbacks and trainer from a checked, resolved configuration.
 
     Raises:
         TypeError: where `model` or `data` is not a LightningModule or LightningDataModule.
         ValueError: where an `optimizer=` is chosen for a model that steps its own optimizers.
     """
+    model, data = build_model_and_data(config)
+    if config["optimizer"] is not None:
+        _replace_optimizers(model, config)
+    resume = ExactResume()
+    resume.attach(
+        data if is_overridden("train_dataloader", data, pl.LightningDataModule) else model
+    )
+    techniques = [_make(config[group]) for group in TECHNIQUES if config[group] is not None]
+    loggers = [_make(logger) for logger in (config["logger"] or {}).values() if logger]
+    callbacks = [*techniques, StepMetrics(), resume, *extra_callbacks, *build_callbacks(config)]
+    trainer = build_trainer(config, callbacks=callbacks, loggers=loggers)
+    return Run(model=model, data=data, trainer=trainer)
+
+
+def build_model_and_data(
+    config: Mapping[str, Any],
+) -> tuple[pl.LightningModule, pl.LightningDataModule]:
+    """Seed all generators, then build what is trained."""
     pl.seed_everything(config["seed"], workers=True, verbose=False)
-    model = _make(config["model"])
-    data = _make(config["data"])
+    model, data = _make(config["model"]), _make(config["data"])
     for key, value, kind in (
         ("model", model, pl.LightningModule),
         ("data", data, pl.LightningDataModule),
@@ -55,28 +73,30 @@ def build(config: Mapping[str, Any], extra_callbacks: list[pl.Callback]) -> Run:
                 f"{key}._target_ must be a {kind.__name__}, got {config[key]['_target_']}; "
                 f"type {key}._target_=package.Class"
             )
-    if config["optimizer"] is not None:
-        _replace_optimizers(model, config)
-    resume = ExactResume()
-    resume.attach(
-        data if is_overridden("train_dataloader", data, pl.LightningDataModule) else model
-    )
-    techniques = [_make(config[group]) for group in TECHNIQUES if config[group] is not None]
-    others = [_make(callback) for callback in (config["callbacks"] or {}).values() if callback]
-    loggers = [_make(logger) for logger in (config["logger"] or {}).values() if logger]
-    trainer = instantiate(
+    return model, data
+
+
+def build_callbacks(config: Mapping[str, Any]) -> list[pl.Callback]:
+    """Build the group `callbacks`."""
+    return [_make(callback) for callback in (config["callbacks"] or {}).values() if callback]
+
+
+def build_trainer(
+    config: Mapping[str, Any], *, callbacks: Sequence[pl.Callback], loggers: Sequence[Logger]
+) -> Trainer:
+    """Build the trainer around its callbacks and loggers."""
+    has_bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
+    trainer: Trainer = instantiate(
         config["trainer"],
         precision=config["precision"]["mode"],
         run_dir=Path(config["run_dir"]),
-        callbacks=[*techniques, StepMetrics(), resume, *extra_callbacks, *others],
+        callbacks=callbacks,
         loggers=loggers,
         checkpoint_io=CheckpointFiles(),
-        enable_progress_bar=any(
-            isinstance(callback, pl.callbacks.ProgressBar) for callback in others
-        ),
+        enable_progress_bar=has_bar,
         _convert_="object",
     )
-    return Run(model=model, data=data, trainer=trainer)
+    return trainer
 
 
 def _make(config: Any) -> Any:

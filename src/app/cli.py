@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -26,25 +27,69 @@ from omegaconf.errors import (
 )
 
 
-class Refused(ValueError):
+class Refused(ValueError):  # noqa: N818  # reads as the sentence it is
     """What the user typed cannot be done; the text says what to type instead."""
+
+
+REFUSALS = (HydraException, OmegaConfBaseException, Refused)
+
+
+COMPLETION = """\
+# Hydra's own function completes scripts, not `python -m app.train`.
+_app_complete() {
+    local words=($COMP_LINE) word=${COMP_WORDS[COMP_CWORD]}
+    [[ ${words[1]} == -m && ${words[2]} == app.* ]] || return
+    local line="${words[2]}${COMP_LINE#*"${words[2]}"}"
+    local choices=$(COMP_LINE="$line" "${words[0]}" -m "${words[2]}" -sc query=bash 2>/dev/null)
+    COMPREPLY=($(compgen -o nospace -o default -W "$choices" -- "$word"))
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
+complete -o nospace -o default -F _app_complete python python3"""
 
 
 def main(task: Callable[[DictConfig], Any], config_name: str, description: str) -> None:
     """Run `task` on the composed configuration; exit with 2 where what was typed is refused."""
-    if any(flag in sys.argv[1:] for flag in ("--help", "-h")):
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
         print(help_text(config_name, description))
         return
+    if arguments[:1] == ["-sc"] and arguments[1:] == ["install=bash"]:
+        print(COMPLETION)
+        return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand us the exception, not a printed text
+    refused: list[Exception] = []
+    gc.disable()  # composing makes many objects and no garbage
+
+    def guarded(cfg: DictConfig) -> Any:
+        gc.enable()
+        try:
+            return task(cfg)
+        except REFUSALS as error:
+            if is_of_the_user(error):
+                raise
+            refused.append(error)  # raised from here, Hydra would print a traceback's head
+
     try:
         hydra.main(version_base="1.3", config_path="pkg://app.conf", config_name=config_name)(
-            task
+            guarded
         )()
-    except (HydraException, OmegaConfBaseException, Refused) as error:
-        if isinstance(error, InstantiationException) and error.__cause__ is not None:
-            raise  # of the user's class: its traceback says where
+    except REFUSALS as error:
+        if is_of_the_user(error):
+            raise
+        refused.append(error)
+    for error in refused:
         print(f"{config_name}: {explain(error)}", file=sys.stderr)
+    if refused:
         sys.exit(2)
+
+
+def is_of_the_user(error: BaseException) -> bool:
+    """Whether a class of the user's raised it while it was built: the traceback says where."""
+    return isinstance(error, InstantiationException) and not _is_not_found(error)
+
+
+def _is_not_found(error: BaseException) -> bool:
+    return str(error).startswith("Error locating target")
 
 
 def explain(error: BaseException) -> str:
@@ -60,6 +105,8 @@ def explain(error: BaseException) -> str:
             return f"{cause.full_key}: {rule[0].lower()}{rule[1:]}"
         if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
             return _unknown_preset(cause)
+        if isinstance(cause, InstantiationException):
+            return f"{cause.__cause__ or cause}; type the target as package.module.Class"
         cause = cause.__cause__ if isinstance(cause, ConfigCompositionException) else None
     return str(error)
 
@@ -106,7 +153,8 @@ def help_text(config_name: str, description: str) -> str:
 def groups() -> dict[str, tuple[list[str], str]]:
     """Each group of the configuration: its presets and the first sentence of its method card."""
     spec = find_spec("app.conf")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
     found = {}
     for folder in sorted(Path(spec.submodule_search_locations[0]).iterdir()):
         presets = sorted(path.stem for path in folder.glob("*.yaml"))

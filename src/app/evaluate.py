@@ -1,5 +1,6 @@
 """Evaluates a trained run: `python -m app.evaluate run=runs/mine stage=test`."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from app import cli
 from app.folder import RunFolder, write_json
+from app.imports import importing
 
 
 def main(cfg: DictConfig) -> None:
@@ -44,19 +46,24 @@ def checkpoint_path(folder: RunFolder, checkpoint: str) -> Path:
 
 def evaluate(config: Any, folder: RunFolder, *, stage: str, checkpoint: Path) -> None:
     """Print the metrics and write them to `<stage>.json`, or predictions to `predictions.pt`."""
-    import torch
+    with importing():
+        import torch
 
-    from app.build import build
+        from app.build import build_callbacks, build_model_and_data, build_trainer
 
-    run = build({**config, "logger": None, "callbacks": None}, [])
+    model, data = build_model_and_data(config)
+    callbacks = {**(config["callbacks"] or {}), "checkpoint": None}
+    trainer = build_trainer(config, callbacks=build_callbacks({"callbacks": callbacks}), loggers=[])
+    # the techniques of the fit are not here: their work is in the weights
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
     if stage == "predict":
-        predictions = run.trainer.predict(run.model, datamodule=run.data, ckpt_path=checkpoint)
+        predictions = trainer.predict(model, datamodule=data, ckpt_path=checkpoint)
         path = folder.path / "predictions.pt"
         torch.save(predictions, path)
         print(path)
         return
-    runner = run.trainer.test if stage == "test" else run.trainer.validate
-    parts = runner(run.model, datamodule=run.data, ckpt_path=checkpoint, verbose=False)
+    runner = trainer.test if stage == "test" else trainer.validate
+    parts = runner(model, datamodule=data, ckpt_path=checkpoint, verbose=False)
     metrics = {name: value for part in parts for name, value in part.items()}
     path = folder.path / f"{stage}.json"
     write_json(path, {"checkpoint": str(checkpoint), "metrics": metrics})

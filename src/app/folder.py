@@ -75,6 +75,11 @@ class RunFolder:
                 "give this run another name=, or type resume=never to move the old one aside"
             )
 
+    def remove_if_empty(self) -> None:
+        """Take away the folder that Hydra made for a command that was then refused."""
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
     def move_aside(self) -> None:
         """Rename a run that is in the folder, so that nothing of it is lost."""
         if self.config_path.exists():

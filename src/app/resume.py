@@ -1,6 +1,7 @@
 """Continuing a run bit-exactly: the random state and the position in the data."""
 
 import inspect
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -9,12 +10,14 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
+
+log = logging.getLogger(__name__)
 
 
 def random_state() -> dict[str, Any]:
-    """The state of python's, numpy's, torch's and every CUDA device's generator, in plain values."""
+    """The states of the generators of python, numpy, torch and CUDA, in plain values."""
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
@@ -105,7 +108,7 @@ class ResumableLoader:
                 f"{position['num_served']} batches, already trained on, are served again"
             )
         else:
-            rank_zero_info(
+            log.info(
                 f"resuming in epoch {epoch}: drawing {position['num_served']} batches again to "
                 "find the place in the data"
             )

@@ -1,9 +1,6 @@
 """Trains one run: `python -m app.train averaging=ema clip=value`."""
 
-import gc
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +10,16 @@ from omegaconf import DictConfig
 from app import cli
 from app.check import check
 from app.folder import RunFolder
+from app.imports import importing
 
 
 def main(cfg: DictConfig) -> None:
     """Check the configuration, then train, test and leave the result in the run's folder."""
-    config = check(cfg)
+    try:
+        config = check(cfg)
+    except ValueError:
+        RunFolder(Path(cfg.run_dir)).remove_if_empty()
+        raise
     folder = RunFolder(Path(config["run_dir"]))
     with folder.locked():
         if config["resume"] == "never":
@@ -33,7 +35,7 @@ def main(cfg: DictConfig) -> None:
 
 def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     """Fit and test; returns the content of result.json, which is written also on a failure."""
-    with _imports_uncollected():
+    with importing():
         from lightning.pytorch.utilities.model_helpers import is_overridden
 
         from app.build import build
@@ -70,22 +72,6 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     metrics = "  ".join(f"{k} {v:.4g}" for k, v in sorted(record.content["metrics"].items()))
     print(f"finished  {metrics}\n{folder.result_path}")
     return record.content
-
-
-@contextmanager
-def _imports_uncollected() -> Iterator[None]:
-    """Spare the garbage collector the objects that modules are made of: they stay to the end.
-
-    What Lightning says goes through the root logger, which Hydra has set up, and only there.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).handlers.clear()
 
 
 if __name__ == "__main__":
