@@ -671,12 +671,13 @@ def test_swa_early_end_delivers_the_average_with_the_last_weights(tmp_path, call
     trainer = trainer_for(tmp_path, *callbacks, recorder, swa(start=1), saver, **changes)
     trainer.fit(model, data(), data())
     last = recorder.steps[-1]
-    ends = recorder.ends if recorder.ends[-1] is last else [*recorder.ends, last]
-    ends = ends if torch.equal(ends[-1]["level"], ends[-2]["level"]) is False else ends[:-1]
+    complete = len(recorder.steps) % NUM_BATCHES == 0
+    ends = recorder.ends if complete else [*recorder.ends, last]
     assert_same(mean(ends[1:]), weights(model))
     content = read(tmp_path / "last.ckpt")
-    assert_same(mean(ends[1:]), content["state_dict"])
     assert_same(last, content["raw_weights"], exact=True)
+    if "val_check_interval" not in changes:  # there Lightning's last file is of that validation
+        assert_same(mean(ends[1:]), content["state_dict"])
 
 
 def test_swa_checkpoint_holds_the_average_and_the_raw_weights_beside_it(tmp_path):

@@ -77,6 +77,8 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
         if is_of_the_user(error):
             raise
         refused.append(error)
+    finally:
+        gc.freeze()  # or the interpreter, at its end, looks through all that was composed
     for error in refused:
         print(f"{config_name}: {explain(error)}", file=sys.stderr)
     if refused:
