@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from app.conf.clip.schema import AdaptiveClip as AdaptiveSchema
-from app.conf.clip.schema import NormClip as NormSchema
-from app.conf.clip.schema import PercentileClip as PercentileSchema
-from app.conf.clip.schema import ValueClip as ValueSchema
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from app.clip import AdaptiveClip, Clip, NormClip, PercentileClip, ValueClip
+from app.conf.clip.schema import AdaptiveClip as AdaptiveSchema
+from app.conf.clip.schema import NormClip as NormSchema
+from app.conf.clip.schema import PercentileClip as PercentileSchema
+from app.conf.clip.schema import ValueClip as ValueSchema
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -2,13 +2,13 @@
 
 The average lives beside the weights, as one shadow tensor for each trainable floating parameter and
 each floating buffer of the state dict. Everything else (integer buffers, frozen parameters, buffers
-with infinities) is shared by both. It is shown by exchanging data pointers: nothing is copied.
+with infinities) is shared by both. It is shown by setting data pointers: nothing is copied.
 """
 
 import copy
 import inspect
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import chain, islice
@@ -119,14 +119,14 @@ class Shadow:
 
     Begins as a copy of the module's. A shadow is of its tensor's dtype, but at least float32.
     `keep` names tensors to take in though frozen. Tensors are listed once: an update costs one
-    foreach pass, and a swap two assignments a tensor.
+    foreach pass, and a swap one assignment a tensor.
     """
 
     def __init__(self, module: torch.nn.Module, keep: Container[str] = ()) -> None:
         self.average_is_live = False
         self._module = module
         self._averages: dict[str, Tensor] = {}
-        self._hidden_raw: dict[str, Tensor] = {}  # of the wider ones, while the average is live
+        self._raw: dict[str, Tensor] = {}  # while the average is live
         self._live: dict[str, Tensor] = {}
         self._scan(keep)
 
@@ -148,16 +148,18 @@ class Shadow:
     def swap(self) -> None:
         """Show the average where the raw tensors are live, and the other way round; exact."""
         self._follow_buffers()
-        for live, averages in self._same:
-            for one, other in zip(live, averages, strict=True):
-                one.data, other.data = other.data, one.data
-        for name in self._wider_names:
-            live_tensor = self._live[name]
-            if self.average_is_live:
-                live_tensor.data = self._hidden_raw.pop(name)
-            else:
-                self._hidden_raw[name] = live_tensor.data
-                live_tensor.data = self._averages[name].to(live_tensor.dtype)
+        if self.average_is_live:
+            for name, tensor in self._live.items():
+                tensor.data = self._raw[name]
+            self._raw = {}
+        else:
+            self._raw = {name: tensor.data for name, tensor in self._live.items()}
+            for live, averages in self._same:
+                for tensor, average in zip(live, averages, strict=True):
+                    tensor.data = average
+            for name in self._wider_names:
+                tensor = self._live[name]
+                tensor.data = self._averages[name].to(tensor.dtype)
         self.average_is_live = not self.average_is_live
 
     def adopt(self, names: Iterable[str]) -> None:
@@ -169,14 +171,12 @@ class Shadow:
     def tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The average, in the module's dtype, and the raw tensor, by name."""
         self._follow_buffers()
-        found = {}
-        for name, live in self._live.items():
-            other, live = self._averages[name], live.detach()
-            if not self.average_is_live:
-                found[name] = (other.to(live.dtype), live)
-            else:
-                found[name] = (live, self._hidden_raw.get(name, other))
-        return found
+        return {
+            name: (live.detach(), self._raw[name])
+            if self.average_is_live
+            else (self._averages[name].to(live.dtype), live.detach())
+            for name, live in self._live.items()
+        }
 
     def wider(self) -> dict[str, Tensor]:
         """The averages that are wider than the module's tensors, by name."""
@@ -376,7 +376,7 @@ def evaluate(
 
 
 def evaluator_like(trainer: pl.Trainer) -> pl.Trainer:
-    """A trainer that evaluates this process' share of the data as `trainer` does, and is silent."""
+    """A trainer that evaluates this process' share of the data as `trainer` does, without a log."""
     device = trainer.strategy.root_device
     return pl.Trainer(
         accelerator=device.type,
@@ -396,7 +396,7 @@ def evaluator_like(trainer: pl.Trainer) -> pl.Trainer:
 # -------------------------------------------------------------------------------------- the engine
 
 
-class Averaging(pl.Callback):
+class Averaging(pl.Callback, ABC):
     """Keeps the average, shows it to whatever evaluates, saves or delivers, and resumes it exactly.
 
     Acts in `on_train_batch_end`: counts batches in which an optimizer really stepped (two that step
