@@ -3,12 +3,14 @@
 An update against one bare `torch._foreach_lerp_` over lists that are kept; target: at most 1.1 times
 that, by itself and as the training loop calls it (the optimizer's hook and `on_train_batch_end`).
 A swap against Lightning's `WeightAveraging`, which clones and copies; target: at most 0.02 of it.
+Setting the data pointers and nothing else is shown too: no swap of pointers can be below that.
 Beside them Lightning's EMAWeightAveraging, torch's AveragedModel, timm's ModelEmaV3, ema-pytorch.
 
 All happens inside a fit, after a real step. Run as `python benchmarks/averaging.py`.
 """
 
 import importlib.util
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +29,8 @@ from app.averaging import Ema, Shadow
 DECAY = 0.99
 ROUNDS = 15
 BARE, UPDATE, CALLED = "torch._foreach_lerp_, bare", "ours, the update", "ours, as called in a step"
-SCAN, SWAP, THEIRS = "ours, with an epoch's first scan", "ours", "Lightning EMAWeightAveraging"
+SCAN, THEIRS = "ours, with an epoch's first scan", "Lightning EMAWeightAveraging"
+SWAP, POINTERS = "ours, as called in a validation", "Tensor.data set twice, bare"
 TARGETS = {UPDATE: 1.1, CALLED: 1.1, SWAP: 0.02}
 
 
@@ -150,10 +153,16 @@ class Inside(pl.Callback):
             self.theirs.on_validation_epoch_start(trainer, pl_module)
             self.theirs.on_validation_epoch_end(trainer, pl_module)
 
-        contestants = {
-            THEIRS: cpu_seconds(theirs, at_least=0.01),
-            SWAP: cpu_seconds(ours, at_least=0.01),
-        }
+        live = list(Shadow(pl_module)._live.values())
+        one, other = [t.data for t in live], [t.data.clone() for t in live]
+
+        def pointers() -> None:
+            for tensors in (other, one):
+                for tensor, data in zip(live, tensors, strict=True):
+                    tensor.data = data
+
+        works = {THEIRS: theirs, SWAP: ours, POINTERS: pointers}
+        contestants = {name: cpu_seconds(work, at_least=0.01) for name, work in works.items()}
         costs = in_turns(contestants, rounds=ROUNDS)
         show(f"a validation's two swaps, {self.title}", costs, base=THEIRS, targets=TARGETS)
 
@@ -200,6 +209,7 @@ def timm_model_ema() -> ModuleType | None:
 def main() -> None:
     """Measure each model."""
     warnings.filterwarnings("ignore")  # Lightning's, of loaders and loggers
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     for package in ("timm", "ema_pytorch"):
         if importlib.util.find_spec(package) is None:

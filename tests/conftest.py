@@ -13,7 +13,7 @@ from app.check import check
 
 SMALL = ("model.channels=4", "trainer.max_epochs=2", "trainer.limit_train_batches=6",
          "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "callbacks.progress=null",
-         "logger=csv", "data.batch_size=16")  # fmt: skip
+         "logger=csv", "data.batch_size=16", "trainer.accelerator=cpu")  # fmt: skip
 """A run of the default model that takes a tenth of a second."""
 
 

@@ -1,4 +1,4 @@
-"""Every pair of presets trains a short run, or `check` refuses it with the reason."""
+"""Every technique preset with every other, and with what it trains: each trains a short run, or `check` refuses it with the reason."""
 
 import itertools
 import math
@@ -15,22 +15,22 @@ from app.build import build
 from app.check import check
 from app.cli import Refused
 
-GROUPS = ("accumulate", "clip", "averaging", "optimizer", "scheduler", "precision", "callbacks")
+TECHNIQUES = ("accumulate", "clip", "averaging")
+OTHERS = ("optimizer", "scheduler", "precision", "model")
 ROOT = Path(conf.__file__).parent
 CHOICES = {
-    group: sorted(f"{group}={path.stem}" for path in (ROOT / group).glob("*.yaml"))
-    for group in (*GROUPS, "model")
+    group: sorted(
+        f"{group}={path.stem}" for path in (ROOT / group).glob("*.yaml") if path.stem != "custom"
+    )
+    for group in (*TECHNIQUES, *OTHERS)
 }
 PAIRS = [
-    *(
-        pair
-        for one, other in itertools.combinations(GROUPS, 2)
-        for pair in itertools.product(CHOICES[one], CHOICES[other])
-    ),
-    *itertools.product(
-        [choice for choice in CHOICES["model"] if choice != "model=custom"],
-        [choice for group in ("accumulate", "clip", "averaging") for choice in CHOICES[group]],
-    ),
+    pair
+    for one, other in (
+        *itertools.combinations(TECHNIQUES, 2),
+        *itertools.product(TECHNIQUES, OTHERS),
+    )
+    for pair in itertools.product(CHOICES[one], CHOICES[other])
 ]
 NEEDED = {
     "accumulate=schedule": ["accumulate.starts=[0,1]", "accumulate.factors=[1,3]"],

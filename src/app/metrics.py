@@ -174,6 +174,7 @@ class MetricsCsv(Logger):
         step = self._line["step"]
         lines = [line for line in _read_lines(self.path) if int(line["step"]) < step]
         self._columns = list(dict.fromkeys(name for line in [*lines, self._line] for name in line))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".part")
         with partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)

@@ -53,6 +53,14 @@ class Trainer(pl.Trainer):
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
+        if (
+            precision == "16-mixed"
+            and accelerator == "auto"
+            and not torch.accelerator.is_available()
+        ):
+            raise ValueError(
+                "precision=fp16 needs a GPU, and there is none here; use precision=bf16"
+            )
         super().__init__(
             max_epochs=-1 if max_epochs is None else max_epochs,
             max_steps=-1 if max_steps is None else max_steps,

@@ -1,0 +1,201 @@
+"""What logging, EMA and clipping add to a bare Lightning `Trainer`'s step of a small MLP, batch 64.
+
+Ours: `StepMetrics` with `MetricsCsv`, `Ema`, `NormClip`. Target: the three together add at most 15 %,
+that is 1.15 times the bare step (no logger, checkpoints or progress bar). Beside them Lightning's
+own: `self.log` in the training step with CSVLogger, EMAWeightAveraging, `gradient_clip_val`; and,
+without a target, all that `app.train` has in a step, and a loop without a trainer. Fused AdamW.
+
+A cost is the CPU time of the steps behind the first hundred of a fit of its own, read where the
+loader serves them. Run as `python benchmarks/step.py`.
+"""
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+from side_by_side import Contestant, in_turns, show
+from torch import Tensor
+
+from app.averaging import Ema
+from app.checkpoint import Checkpoints
+from app.clip import NormClip
+from app.metrics import MetricsCsv, StepMetrics
+from app.models.mlp import Mlp
+from app.progress import EpochLines
+from app.resume import ExactResume, ResumableLoader
+
+ROUNDS = 21
+WARM_UP, STEPS = 100, 500
+BATCH = 64
+BARE, OURS = "Lightning, bare", "ours: log, EMA and clip"
+TARGETS = {OURS: 1.15}
+
+
+class Batches:
+    """Serves batches made before; notes the CPU seconds from the warm-up's end to its own end."""
+
+    def __init__(self) -> None:
+        self.batches = [(torch.randn(BATCH, 40), torch.randint(10, (BATCH,))) for _ in range(50)]
+        self.spent = 0.0
+
+    def __len__(self) -> int:
+        return WARM_UP + STEPS
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        start = 0.0
+        for number in range(len(self)):
+            if number == WARM_UP:
+                start = time.process_time()
+            yield self.batches[number % len(self.batches)]
+            # asked for the one behind it: so this step is done, or not yet begun, as at the start
+            self.spent = time.process_time() - start
+
+
+class Model(Mlp):
+    """A small MLP; `logs` says whether each training step logs its loss."""
+
+    def __init__(self, *, logs: bool) -> None:
+        super().__init__(in_features=40, num_classes=10, hidden_sizes=[100, 100])
+        self.logs = logs
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        if self.logs:
+            self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-4, fused=True)
+
+
+def ema() -> Ema:
+    """Ours, as of `averaging=ema`."""
+    return Ema(
+        decay=None,
+        half_life_steps=None,
+        horizon=0.05,
+        warmup=False,
+        warmup_gamma=1.0,
+        warmup_power=0.75,
+        start_epoch=None,
+        start_step=None,
+        every_n_steps=1,
+        validate="averaged",
+        bn_batches=None,
+    )
+
+
+def clip() -> NormClip:
+    """Ours, as of `clip=norm`."""
+    return NormClip(max_norm=1.0, norm_type=2.0, nonfinite="skip")
+
+
+def beside(folder: str) -> list[pl.Callback]:
+    """What else `app.train` puts into a run."""
+    keep = Checkpoints(
+        dirpath=folder, monitor="val_loss", mode="min", every_n_steps=None, every_min=10.0
+    )
+    return [ExactResume(), keep, EpochLines()]
+
+
+def fit(make: Callable[[str], dict[str, Any]], *, logs: bool, resumable: bool) -> float:
+    """CPU seconds of the steps of one fit with the trainer's arguments that `make` returns."""
+    pl.seed_everything(0, verbose=False)
+    batches = Batches()
+    with TemporaryDirectory() as folder:
+        bare = {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": folder,
+        }
+        trainer = pl.Trainer(**{**bare, **make(folder)})
+        trainer.fit(Model(logs=logs), ResumableLoader(batches) if resumable else batches)
+    return batches.spent
+
+
+def loop() -> float:
+    """CPU seconds of the same steps without a trainer."""
+    pl.seed_everything(0, verbose=False)
+    batches, model = Batches(), Model(logs=False)
+    optimizer = model.configure_optimizers()
+    for number, batch in enumerate(batches):
+        optimizer.zero_grad()
+        model.training_step(batch, number).backward()
+        optimizer.step()
+    return batches.spent
+
+
+def contestants() -> dict[str, Contestant]:
+    """A fit each, from the bare one on."""
+
+    def trained(
+        make: Callable[[str], dict[str, Any]], *, logs: bool = False, resumable: bool = False
+    ) -> Contestant:
+        return partial(fit, make, logs=logs, resumable=resumable)
+
+    def csv(folder: str) -> list[CSVLogger]:
+        return [CSVLogger(folder)]
+
+    def ours(folder: str) -> dict[str, Any]:
+        callbacks = [clip(), ema(), StepMetrics()]
+        return {"logger": [MetricsCsv(save_dir=folder)], "callbacks": callbacks}
+
+    def everything(folder: str) -> dict[str, Any]:
+        callbacks = [clip(), ema(), StepMetrics(), *beside(str(Path(folder, "checkpoints")))]
+        arguments = {"logger": [MetricsCsv(save_dir=folder)], "callbacks": callbacks}
+        return {**arguments, "enable_checkpointing": True}
+
+    return {
+        BARE: trained(lambda folder: {}),
+        "ours: log": trained(
+            lambda folder: {
+                "logger": [MetricsCsv(save_dir=folder)],
+                "callbacks": [StepMetrics()],
+            }
+        ),
+        "ours: EMA": trained(lambda folder: {"callbacks": [ema()]}),
+        "ours: clip": trained(lambda folder: {"callbacks": [clip()]}),
+        OURS: trained(ours),
+        "ours: these, resume, checkpoints, progress": trained(everything, resumable=True),
+        "Lightning's: log": trained(lambda folder: {"logger": csv(folder)}, logs=True),
+        "Lightning's: EMA": trained(lambda folder: {"callbacks": [EMAWeightAveraging()]}),
+        "Lightning's: clip": trained(lambda folder: {"gradient_clip_val": 1.0}),
+        "Lightning's: log, EMA and clip": trained(
+            lambda folder: {
+                "logger": csv(folder),
+                "callbacks": [EMAWeightAveraging()],
+                "gradient_clip_val": 1.0,
+            },
+            logs=True,
+        ),
+        "a loop without a trainer": loop,
+    }
+
+
+def main() -> None:
+    """Measure them all in turns."""
+    warnings.filterwarnings("ignore")  # Lightning's, of loaders and validation
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    costs = in_turns(contestants(), rounds=ROUNDS)
+    show("a training step", costs, base=BARE, targets=TARGETS)
+
+
+if __name__ == "__main__":
+    main()
