@@ -24,7 +24,8 @@ from side_by_side import cpu_seconds, in_turns, show
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from app.averaging import Ema, Shadow
+from app.averaging import Ema
+from app.averaging.shadow import Shadow
 
 DECAY = 0.99
 ROUNDS = 15

@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanSquaredError
 
 from app import averaging
-from app.averaging import Averaging, Ema, Shadow, Swa, Uniform, annealed, decay_of, first_epoch
+from app.averaging import Averaging, Ema, Swa, Uniform
+from app.averaging.rules import annealed, decay_of, first_epoch
+from app.averaging.shadow import Shadow
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{text}")

@@ -1,4 +1,4 @@
-"""Every technique preset with every other, and with what it trains: each trains a short run, or `check` refuses it with the reason."""
+"""Every technique preset with every other, and with what it trains, trains or is refused."""
 
 import itertools
 import math

@@ -54,7 +54,7 @@ class Window(int):
         window.end = start + factor
         return window
 
-    def __getnewargs__(self) -> tuple[int, int]:
+    def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]
         return int(self), self.start
 
     def __rmod__(self, num_batches: int) -> int:
@@ -136,7 +136,7 @@ class Accumulation(pl.Callback):
         self._num_batches += 1
         self._total_weight += weight
         if weight != 1.0:
-            loss.register_hook(lambda gradient: gradient * weight)
+            loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]
 
     def on_before_optimizer_step(
         self,

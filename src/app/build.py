@@ -110,6 +110,6 @@ def _replace_optimizers(model: pl.LightningModule, config: Mapping[str, Any]) ->
             "(automatic_optimization=False); type optimizer=none"
         )
     schedule = None if config["scheduler"] is None else _make(config["scheduler"])
-    model.configure_optimizers = partial(  # type: ignore[method-assign]
+    model.configure_optimizers = partial(  # type: ignore[method-assign, assignment]
         configure_optimizers, model, _make(config["optimizer"]), schedule
     )

@@ -79,8 +79,8 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
         refused.append(error)
     finally:
         gc.freeze()  # or the interpreter, at its end, looks through all that was composed
-    for error in refused:
-        print(f"{config_name}: {explain(error)}", file=sys.stderr)
+    for refusal in refused:
+        print(f"{config_name}: {explain(refusal)}", file=sys.stderr)
     if refused:
         sys.exit(2)
 

@@ -37,8 +37,7 @@ class RunFolder:
         """The configuration of the run that is in the folder; None where there is none."""
         if not self.config_path.exists():
             return None
-        config = OmegaConf.load(self.config_path)
-        config["run_dir"] = str(self.path)
+        config = OmegaConf.merge(OmegaConf.load(self.config_path), {"run_dir": str(self.path)})
         found = OmegaConf.to_container(config, resolve=True)
         assert isinstance(found, dict)
         return {str(key): value for key, value in found.items()}

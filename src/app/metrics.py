@@ -31,6 +31,7 @@ class StepMetrics(pl.Callback):
 
     def __init__(self) -> None:
         self._sources: list[HasStepMetrics] = []
+        self._every_n_steps = 1
         self._reset()
 
     def _reset(self) -> None:
@@ -47,7 +48,9 @@ class StepMetrics(pl.Callback):
             self._reset()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._sources = [c for c in trainer.callbacks if isinstance(c, HasStepMetrics)]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        self._sources = [c for c in callbacks if isinstance(c, HasStepMetrics)]
+        self._every_n_steps = trainer.log_every_n_steps  # type: ignore[attr-defined]
 
     def on_train_batch_end(
         self,
@@ -62,7 +65,7 @@ class StepMetrics(pl.Callback):
         if trainer.global_step != self._global_step:
             self._global_step = trainer.global_step
             self._num_steps += 1
-            if self._num_steps - self._logged_step >= trainer.log_every_n_steps:
+            if self._num_steps - self._logged_step >= self._every_n_steps:
                 self._log(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

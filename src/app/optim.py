@@ -129,4 +129,4 @@ class Plateau:
 
 
 def _by(interval: str, schedule: lr_scheduler.LRScheduler) -> LRSchedulerConfigType:
-    return {"scheduler": schedule, "interval": interval, "frequency": 1}  # type: ignore
+    return {"scheduler": schedule, "interval": interval, "frequency": 1}

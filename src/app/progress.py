@@ -56,7 +56,8 @@ class StartTable(pl.Callback):
         self._config = dict(config)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        accumulation = next((c for c in trainer.callbacks if isinstance(c, Accumulation)), None)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        accumulation = next((c for c in callbacks if isinstance(c, Accumulation)), None)
         by_epoch, by_step = accumulation.schedules if accumulation else ({0: 1}, {0: 1})
         factors = [a * b for a in by_epoch.values() for b in by_step.values()]
         micro = getattr(trainer.train_dataloader, "batch_size", None)

@@ -24,7 +24,7 @@ def random_state() -> dict[str, Any]:
         "python": [version, torch.tensor(words), gauss],
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": torch.cuda.get_rng_state_all() if _uses_cuda() else [],
     }
 
 
@@ -205,6 +205,10 @@ class ExactResume(pl.Callback):
     def _train_dataloader(self, train_dataloader: Callable[[], Any]) -> Any:
         loaders, self._loaders = resumable(train_dataloader())
         return loaders
+
+
+def _uses_cuda() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def _is_stateful(loader: Any) -> bool:

@@ -69,8 +69,8 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
                 record.content["metrics"][name] = value
         with record.phase("curves"):
             draw_curves(folder.path / "metrics.csv", folder.path / "curves.png")
-    metrics = "  ".join(f"{k} {v:.4g}" for k, v in sorted(record.content["metrics"].items()))
-    print(f"finished  {metrics}\n{folder.result_path}")
+    text = "  ".join(f"{k} {v:.4g}" for k, v in sorted(record.content["metrics"].items()))
+    print(f"finished  {text}\n{folder.result_path}")
     return record.content
 
 

@@ -25,6 +25,8 @@ class Trainer(pl.Trainer):
         The others are Lightning's.
     """
 
+    callbacks: list[pl.Callback]
+
     def __init__(
         self,
         *,

@@ -1,0 +1,344 @@
+"""The averages: when to update, and by how much."""
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from app.averaging.engine import Averaging
+
+
+def is_due(
+    *,
+    step: int,
+    epoch: int,
+    epoch_end: bool,
+    start_epoch: int | None,
+    start_step: int | None,
+    every_n_steps: int | None,
+) -> bool:
+    """Whether to update after optimizer step `step` of `epoch`, or at its end; both from 0.
+
+    Every `every_n_steps` steps behind the start; at the end of each epoch where that is None.
+    """
+    first = 0 if start_step is None else start_step
+    if step < first or (start_epoch is not None and epoch < start_epoch):
+        return False
+    if every_n_steps is None:
+        return epoch_end
+    return not epoch_end and (step + 1 - first) % every_n_steps == 0
+
+
+def decay_of(
+    *,
+    decay: float | None,
+    half_life_steps: float | None,
+    horizon: float,
+    num_steps: float,
+    every_n_steps: int,
+) -> float:
+    """The share of the average that one update keeps: 0 to below 1.
+
+    Given, or from the half-life, or such that it remembers `horizon` of a run of `num_steps`.
+    Raises ValueError where the length is needed and unknown (not a positive finite number).
+    """
+    if decay is not None:
+        return decay
+    if half_life_steps is not None:
+        return float(0.5 ** (every_n_steps / half_life_steps))
+    if not 0 < num_steps < math.inf:
+        raise ValueError(
+            "averaging.decay must be given where the length of the run is not known, got null; "
+            "type averaging.decay=0.999, or give the run a length with trainer.max_steps"
+        )
+    return max(0.0, 1 - every_n_steps / (horizon * num_steps))
+
+
+def warmed_up(*, decay: float, num_updates: int, gamma: float, power: float) -> float:
+    """The decay of update `num_updates` (from 0) while it grows to `decay`. Source: timm."""
+    return min(decay, float(1 - (1 + num_updates / gamma) ** -power))
+
+
+def annealed(*, start: float, end: float, progress: float, strategy: str) -> float:
+    """From `start` to `end` while progress goes from 0 to 1, as cos or linear. As torch's SWALR."""
+    progress = min(1.0, progress)
+    share = (1 - math.cos(math.pi * progress)) / 2 if strategy == "cos" else progress
+    return start + (end - start) * share
+
+
+def first_epoch(*, start: int | float, max_epochs: int | None) -> int:
+    """The epoch, from 0, that a number of epochs (int) or a share of the run (float) stands for.
+
+    Raises ValueError for a share of a run without a number of epochs.
+    """
+    if isinstance(start, int):
+        return start
+    if max_epochs is None or max_epochs < 0:
+        raise ValueError(
+            "averaging.start must be a number of epochs or null where trainer.max_epochs sets no "
+            f"end, got {start}; type averaging.start=10, or averaging.start=null "
+            "averaging.start_step=1000"
+        )
+    return math.floor(round(start * max_epochs, 9))
+
+
+class Ema(Averaging):
+    """Exponential moving average of the weights; see `decay_of` and `warmed_up` for the decay.
+
+    Args:
+        start_epoch: epochs trained before averaging may begin, >= 0; None: no bound.
+        decay: share of the average that an update keeps, 0 to below 1; or None.
+        half_life_steps: optimizer steps after which weights count half, > 0; or None.
+        horizon: share of the run that is remembered where both are None, above 0 to 1.
+        warmup: whether the decay grows to its value.
+        warmup_gamma: updates that the warm-up is counted in, > 0.
+        warmup_power: exponent of the warm-up, > 0.
+        start_step, every_n_steps, validate, bn_batches: see `Averaging`.
+    """
+
+    every_n_steps: int
+
+    def __init__(
+        self,
+        *,
+        decay: float | None,
+        half_life_steps: float | None,
+        horizon: float,
+        warmup: bool,
+        warmup_gamma: float,
+        warmup_power: float,
+        start_epoch: int | None,
+        start_step: int | None,
+        every_n_steps: int,
+        validate: str,
+        bn_batches: int | None,
+    ) -> None:
+        super().__init__(
+            start_step=start_step,
+            every_n_steps=every_n_steps,
+            validate=validate,
+            bn_batches=bn_batches,
+        )
+        self.decay = decay
+        self.half_life_steps = half_life_steps
+        self.horizon = horizon
+        self.warmup = warmup
+        self.warmup_gamma = warmup_gamma
+        self.warmup_power = warmup_power
+        self.start_epoch = start_epoch
+        self._decay = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._decay = decay_of(
+            decay=self.decay,
+            half_life_steps=self.half_life_steps,
+            horizon=self.horizon,
+            num_steps=trainer.estimated_stepping_batches,
+            every_n_steps=self.every_n_steps,
+        )
+        super().on_train_start(trainer, pl_module)
+
+    def should_update(self, *, step: int, epoch: int, epoch_end: bool) -> bool:
+        return is_due(
+            step=step,
+            epoch=epoch,
+            epoch_end=epoch_end,
+            start_epoch=self.start_epoch,
+            start_step=self.start_step,
+            every_n_steps=self.every_n_steps,
+        )
+
+    def weight(self, *, num_updates: int) -> float:
+        if not self.warmup:
+            return 1 - self._decay
+        return 1 - warmed_up(
+            decay=self._decay,
+            num_updates=num_updates,
+            gamma=self.warmup_gamma,
+            power=self.warmup_power,
+        )
+
+    def starts_at(self) -> str:
+        return _starts_at("start_epoch", self.start_epoch, self)
+
+    def step_metrics(self) -> dict[str, float]:
+        """The decay of the next update; nothing before the first."""
+        if self._num_updates == 0:
+            return {}
+        return {"ema_decay": 1 - self.weight(num_updates=self._num_updates)}
+
+
+class Uniform(Averaging):
+    """The mean over all updates.
+
+    Args:
+        start_epoch: epochs trained before averaging may begin, >= 0; None: no bound.
+        start_step, every_n_steps, validate, bn_batches: see `Averaging`.
+    """
+
+    def __init__(
+        self,
+        *,
+        start_epoch: int | None,
+        start_step: int | None,
+        every_n_steps: int | None,
+        validate: str,
+        bn_batches: int | None,
+    ) -> None:
+        super().__init__(
+            start_step=start_step,
+            every_n_steps=every_n_steps,
+            validate=validate,
+            bn_batches=bn_batches,
+        )
+        self.start_epoch = start_epoch
+
+    def should_update(self, *, step: int, epoch: int, epoch_end: bool) -> bool:
+        return is_due(
+            step=step,
+            epoch=epoch,
+            epoch_end=epoch_end,
+            start_epoch=self.start_epoch,
+            start_step=self.start_step,
+            every_n_steps=self.every_n_steps,
+        )
+
+    def weight(self, *, num_updates: int) -> float:
+        return 1 / (num_updates + 1)
+
+    def starts_at(self) -> str:
+        return _starts_at("start_epoch", self.start_epoch, self)
+
+
+class Swa(Averaging):
+    """The mean over the ends of the epochs from the start to the last, at a rate of its own.
+
+    The rate is set in `on_train_batch_start`, in every group of every optimizer, from the first
+    batch that may be averaged on, over whatever a scheduler says. Source: arXiv 1803.05407;
+    Lightning's averages the ends of the epochs before.
+
+    Args:
+        start: epochs trained before (int), or that share of trainer.max_epochs (float); or None.
+        lr: the rate, > 0, one for all or a list with one a group; None leaves the schedule alone.
+        anneal_epochs: epochs from the rate at the start to `lr`, >= 0; or None.
+        anneal_steps: the same in optimizer steps, >= 0; or None.
+        anneal_strategy: cos or linear.
+        start_step, every_n_steps, validate, bn_batches: see `Averaging`.
+
+    Raises:
+        ValueError: where `lr` is a list of another length than there are parameter groups, or
+            `start` a share of a run without a number of epochs.
+    """
+
+    def __init__(
+        self,
+        *,
+        start: int | float | None,
+        start_step: int | None,
+        lr: float | list[float] | None,
+        anneal_epochs: int | None,
+        anneal_steps: int | None,
+        anneal_strategy: str,
+        every_n_steps: int | None,
+        validate: str,
+        bn_batches: int | None,
+    ) -> None:
+        super().__init__(
+            start_step=start_step,
+            every_n_steps=every_n_steps,
+            validate=validate,
+            bn_batches=bn_batches,
+        )
+        self.start = start
+        self.lr = lr
+        self.anneal_epochs = anneal_epochs
+        self.anneal_steps = anneal_steps
+        self.anneal_strategy = anneal_strategy
+        self._start_epoch: int | None = None
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._rates: list[float] = []  # of the groups, when the annealing began
+        self._annealing_since = [-1, -1]  # epoch, optimizer step
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start_epoch = None
+        if self.start is not None:
+            self._start_epoch = first_epoch(start=self.start, max_epochs=trainer.max_epochs)
+        num_groups = sum(len(optimizer.param_groups) for optimizer in trainer.optimizers)
+        if isinstance(self.lr, list) and len(self.lr) != num_groups:
+            raise ValueError(
+                f"averaging.lr must be one number, or {num_groups} for the parameter groups of "
+                f"{type(pl_module).__name__}, got {self.lr}; type averaging.lr={self.lr[0]}"
+            )
+        super().on_train_start(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.lr is None or not self._may_average(trainer.current_epoch, self._num_steps):
+            return
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        if not self._rates:
+            self._annealing_since = [trainer.current_epoch, self._num_steps]
+        self._rates += [float(group["lr"]) for group in groups[len(self._rates) :]]
+        targets = self.lr if isinstance(self.lr, list) else [self.lr] * len(groups)
+        progress = self._annealing_progress(trainer.current_epoch)
+        for group, rate, target in zip(groups, self._rates, targets, strict=True):
+            value = annealed(
+                start=rate, end=target, progress=progress, strategy=self.anneal_strategy
+            )
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
+
+    def should_update(self, *, step: int, epoch: int, epoch_end: bool) -> bool:
+        return is_due(
+            step=step,
+            epoch=epoch,
+            epoch_end=epoch_end,
+            start_epoch=self._start_epoch,
+            start_step=self.start_step,
+            every_n_steps=self.every_n_steps,
+        )
+
+    def weight(self, *, num_updates: int) -> float:
+        return 1 / (num_updates + 1)
+
+    def starts_at(self) -> str:
+        return _starts_at("start", self.start, self)
+
+    def state_dict(self) -> dict[str, Any]:
+        annealing = {"rates": list(self._rates), "annealing_since": list(self._annealing_since)}
+        return {**super().state_dict(), **annealing}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._rates = list(state_dict["rates"])
+        self._annealing_since = list(state_dict["annealing_since"])
+
+    def _may_average(self, epoch: int, step: int) -> bool:
+        return (self._start_epoch is None or epoch >= self._start_epoch) and (
+            self.start_step is None or step >= self.start_step
+        )
+
+    def _annealing_progress(self, epoch: int) -> float:
+        since_epoch, since_step = self._annealing_since
+        if self.anneal_steps is not None:
+            return _share(self._num_steps - since_step, self.anneal_steps)
+        assert self.anneal_epochs is not None
+        return _share(epoch - since_epoch, self.anneal_epochs)
+
+
+def _share(done: int, whole: int) -> float:
+    return 1.0 if done >= whole else done / whole
+
+
+def _starts_at(key: str, start: float | None, averaging: Averaging) -> str:
+    starts = {key: start, "start_step": averaging.start_step}
+    typed = [f"averaging.{name}={value}" for name, value in starts.items() if value is not None]
+    if averaging.every_n_steps is not None:
+        typed.append(f"averaging.every_n_steps={averaging.every_n_steps}")
+    return " with ".join(typed) or "the end of an epoch"
