@@ -1,8 +1,8 @@
 """What an average costs: an update, and the swap around a validation.
 
-An update against one bare `torch._foreach_lerp_` over lists that are kept; target: at most 1.1 times
-that, by itself and as the training loop calls it (the optimizer's hook and `on_train_batch_end`).
-A swap against Lightning's `WeightAveraging`, which clones and copies; target: at most 0.02 of it.
+Update: against one bare `torch._foreach_lerp_` over lists that are kept; target: at most 1.1 times
+that, by itself and as the training loop calls it (a hook of the optimizer, `on_train_batch_end`).
+Swap: against Lightning's `WeightAveraging`, which clones and copies; target: at most 0.02 of it.
 Setting the data pointers and nothing else is shown too: no swap of pointers can be below that.
 Beside them Lightning's EMAWeightAveraging, torch's AveragedModel, timm's ModelEmaV3, ema-pytorch.
 
@@ -116,8 +116,8 @@ class Inside(pl.Callback):
     def _measure_updates(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         optimizer = trainer.optimizers[0]
         shadow = Shadow(pl_module)
-        live = [tensor.detach() for tensor in shadow._live.values()]
-        averages = [tensor.clone() for tensor in live]
+        live = [raw for _, raw in shadow.tensors().values()]
+        averages = [raw.clone() for raw in live]
 
         def as_called() -> None:
             for hook in optimizer._optimizer_step_post_hooks.values():
@@ -154,7 +154,8 @@ class Inside(pl.Callback):
             self.theirs.on_validation_epoch_start(trainer, pl_module)
             self.theirs.on_validation_epoch_end(trainer, pl_module)
 
-        live = list(Shadow(pl_module)._live.values())
+        buffers = [buffer for buffer in pl_module.buffers() if buffer.is_floating_point()]
+        live = [*pl_module.parameters(), *buffers]
         one, other = [t.data for t in live], [t.data.clone() for t in live]
 
         def pointers() -> None:

@@ -1,9 +1,10 @@
-"""What logging, EMA and clipping add to a bare Lightning `Trainer`'s step of a small MLP, batch 64.
+"""What logging, EMA and clipping add to the step of a bare Lightning `Trainer`.
 
-Ours: `StepMetrics` with `MetricsCsv`, `Ema`, `NormClip`. Target: the three together add at most 15 %,
-that is 1.15 times the bare step (no logger, checkpoints or progress bar). Beside them Lightning's
-own: `self.log` in the training step with CSVLogger, EMAWeightAveraging, `gradient_clip_val`; and,
-without a target, all that `app.train` has in a step, and a loop without a trainer. Fused AdamW.
+Ours: `StepMetrics` with `MetricsCsv`, `Ema`, `NormClip`. Target: the three together add at most
+15 %, that is 1.15 times the bare step (no logger, checkpoints or progress bar). Beside them
+Lightning's own: `self.log` in the training step with CSVLogger, EMAWeightAveraging,
+`gradient_clip_val`; and, without a target, all that `app.train` has in a step, and a loop without a
+trainer. A small MLP, batch 64, fused AdamW.
 
 A cost is the CPU time of the steps behind the first hundred of a fit of its own, read where the
 loader serves them. Run as `python benchmarks/step.py`.
@@ -29,18 +30,19 @@ from side_by_side import Contestant, in_turns, show
 from torch import Tensor
 
 from app.averaging import Ema
-from app.checkpoint import Checkpoints
+from app.checkpoint import CheckpointFiles, Checkpoints
 from app.clip import NormClip
 from app.metrics import MetricsCsv, StepMetrics
 from app.models.mlp import Mlp
 from app.progress import EpochLines
 from app.resume import ExactResume, ResumableLoader
+from app.trainer import Trainer
 
 ROUNDS = 21
 WARM_UP, STEPS = 100, 500
 BATCH = 64
-BARE, OURS = "Lightning, bare", "ours: log, EMA and clip"
-TARGETS = {OURS: 1.15}
+BARE, THREE = "Lightning, bare", "ours: log, EMA and clip"
+TARGETS = {THREE: 1.15}
 
 
 class Batches:
@@ -111,23 +113,53 @@ def beside(folder: str) -> list[pl.Callback]:
     return [ExactResume(), keep, EpochLines()]
 
 
-def fit(make: Callable[[str], dict[str, Any]], *, logs: bool, resumable: bool) -> float:
-    """CPU seconds of the steps of one fit with the trainer's arguments that `make` returns."""
+def bare(folder: str, **arguments: Any) -> pl.Trainer:
+    """Lightning's trainer with nothing beside the training."""
+    nothing = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    where = {"accelerator": "cpu", "max_epochs": 1, "default_root_dir": folder}
+    return pl.Trainer(**{**where, **nothing, **arguments})
+
+
+def ours(folder: str, callbacks: list[pl.Callback], *, logs: bool = False) -> Trainer:
+    """The trainer of a run."""
+    return Trainer(
+        max_epochs=1,
+        max_steps=None,
+        max_minutes=None,
+        accelerator="cpu",
+        devices=1,
+        threads=1,
+        deterministic=False,
+        benchmark=None,
+        limit_train_batches=None,
+        limit_val_batches=None,
+        limit_test_batches=None,
+        val_check_interval=1.0,
+        check_val_every_n_epoch=1,
+        num_sanity_val_steps=0,
+        log_every_n_steps=50,
+        detect_anomaly=False,
+        precision="32-true",
+        run_dir=Path(folder),
+        callbacks=callbacks,
+        loggers=[MetricsCsv(save_dir=folder)] if logs else [],
+        checkpoint_io=CheckpointFiles(),
+        enable_progress_bar=False,
+    )
+
+
+def fit(make: Callable[[str], pl.Trainer], *, logs: bool = False, resumes: bool = False) -> float:
+    """CPU seconds of the steps of one fit with the trainer that `make` returns, given a folder."""
     pl.seed_everything(0, verbose=False)
     batches = Batches()
-    with TemporaryDirectory() as folder:
-        bare = {
-            "accelerator": "cpu",
-            "max_epochs": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": folder,
-        }
-        trainer = pl.Trainer(**{**bare, **make(folder)})
-        with redirect_stdout(StringIO()):
-            trainer.fit(Model(logs=logs), ResumableLoader(batches) if resumable else batches)
+    with TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+        trainer = make(folder)
+        trainer.fit(Model(logs=logs), ResumableLoader(batches) if resumes else batches)
     return batches.spent
 
 
@@ -146,46 +178,31 @@ def loop() -> float:
 def contestants() -> dict[str, Contestant]:
     """A fit each, from the bare one on."""
 
-    def trained(
-        make: Callable[[str], dict[str, Any]], *, logs: bool = False, resumable: bool = False
-    ) -> Contestant:
-        return partial(fit, make, logs=logs, resumable=resumable)
+    def three() -> list[pl.Callback]:
+        return [clip(), ema(), StepMetrics()]
 
-    def csv(folder: str) -> list[CSVLogger]:
-        return [CSVLogger(folder)]
+    def all_of_a_run(folder: str) -> Trainer:
+        return ours(folder, [*three(), *beside(str(Path(folder, "checkpoints")))], logs=True)
 
-    def ours(folder: str) -> dict[str, Any]:
-        callbacks = [clip(), ema(), StepMetrics()]
-        return {"logger": [MetricsCsv(save_dir=folder)], "callbacks": callbacks}
-
-    def everything(folder: str) -> dict[str, Any]:
-        callbacks = [clip(), ema(), StepMetrics(), *beside(str(Path(folder, "checkpoints")))]
-        arguments = {"logger": [MetricsCsv(save_dir=folder)], "callbacks": callbacks}
-        return {**arguments, "enable_checkpointing": True}
+    def all_of_lightning(folder: str) -> pl.Trainer:
+        averaging, logger = EMAWeightAveraging(), CSVLogger(folder)
+        return bare(folder, callbacks=[averaging], logger=logger, gradient_clip_val=1.0)
 
     return {
-        BARE: trained(lambda folder: {}),
-        "ours: log": trained(
-            lambda folder: {
-                "logger": [MetricsCsv(save_dir=folder)],
-                "callbacks": [StepMetrics()],
-            }
+        BARE: partial(fit, bare),
+        "ours: log": partial(fit, lambda folder: ours(folder, [StepMetrics()], logs=True)),
+        "ours: EMA": partial(fit, lambda folder: ours(folder, [ema()])),
+        "ours: clip": partial(fit, lambda folder: ours(folder, [clip()])),
+        THREE: partial(fit, lambda folder: ours(folder, three(), logs=True)),
+        "ours: these, resume, checkpoints, progress": partial(fit, all_of_a_run, resumes=True),
+        "Lightning's: log": partial(
+            fit, lambda folder: bare(folder, logger=CSVLogger(folder)), logs=True
         ),
-        "ours: EMA": trained(lambda folder: {"callbacks": [ema()]}),
-        "ours: clip": trained(lambda folder: {"callbacks": [clip()]}),
-        OURS: trained(ours),
-        "ours: these, resume, checkpoints, progress": trained(everything, resumable=True),
-        "Lightning's: log": trained(lambda folder: {"logger": csv(folder)}, logs=True),
-        "Lightning's: EMA": trained(lambda folder: {"callbacks": [EMAWeightAveraging()]}),
-        "Lightning's: clip": trained(lambda folder: {"gradient_clip_val": 1.0}),
-        "Lightning's: log, EMA and clip": trained(
-            lambda folder: {
-                "logger": csv(folder),
-                "callbacks": [EMAWeightAveraging()],
-                "gradient_clip_val": 1.0,
-            },
-            logs=True,
+        "Lightning's: EMA": partial(
+            fit, lambda folder: bare(folder, callbacks=[EMAWeightAveraging()])
         ),
+        "Lightning's: clip": partial(fit, lambda folder: bare(folder, gradient_clip_val=1.0)),
+        "Lightning's: log, EMA and clip": partial(fit, all_of_lightning, logs=True),
         "a loop without a trainer": loop,
     }
 

@@ -105,7 +105,7 @@ class Accumulation(pl.Callback):
                 "optimizers (automatic_optimization=False); accumulate inside its training_step "
                 "and use accumulate=none"
             )
-        self._window, self._num_batches, self._total_weight = None, 0, 0.0
+        self._gradients = {}
         self._open(trainer, 0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -124,7 +124,8 @@ class Accumulation(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert self._window is not None
-        if batch_idx == 0 or batch_idx == self._window.end:
+        # not `== end`: that batch may be one that the loader left out by yielding None
+        if batch_idx == 0 or not self._window.start <= batch_idx < self._window.end:
             self._open(trainer, batch_idx)
         if self.weight_by is not None:
             self._weight = self._count(batch, self.weight_by)
@@ -156,7 +157,8 @@ class Accumulation(pl.Callback):
                 for parameter in group["params"]
                 if parameter.grad is not None
             ]
-            torch._foreach_mul_(gradients, self._window / total)
+            if gradients:
+                torch._foreach_mul_(gradients, self._window / total)
         self._num_batches, self._total_weight = 0, 0.0
 
     def on_train_batch_end(
@@ -167,13 +169,15 @@ class Accumulation(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        assert self._window is not None
         if self._window != 1 and isinstance(outputs, dict) and "loss" in outputs:
-            outputs["loss"] = outputs["loss"] * int(self._window or 1)
+            outputs["loss"] = outputs["loss"] * int(self._window)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        assert self._window is not None
+        if self._window is None:  # saved without a fit, after validating or testing
+            return
         checkpoint["accumulation"] = {
             "factor": int(self._window),
             "start": self._window.start,
@@ -214,15 +218,13 @@ class Accumulation(pl.Callback):
 
     @staticmethod
     def _count(batch: Any, key: str) -> float:
-        if isinstance(batch, Mapping) and key in batch:
-            count = batch[key]
-        elif hasattr(batch, key):
-            count = getattr(batch, key)
-        else:
-            held = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        in_mapping = isinstance(batch, Mapping) and key in batch
+        count = batch[key] if in_mapping else getattr(batch, key, None)
+        if count is None or callable(count):  # `count` is a method of every tuple
+            held = f"holds {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else None
             raise ValueError(
                 f"accumulate.weight_by must name a key or attribute of the batch, got {key}; "
-                f"the batch holds: {held}"
+                f"the batch {held or f'is a {type(batch).__name__}'}"
             )
         return float(count.sum() if isinstance(count, Tensor) else count)
 
@@ -277,11 +279,12 @@ class EffectiveBatch(Accumulation):
         return {0: self._factor}, {0: 1}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._factor = accumulation_factor(
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            world_size=trainer.world_size,
-        )
+        if stage == "fit":
+            self._factor = accumulation_factor(
+                batch_size=self.batch_size,
+                micro_batch_size=self.micro_batch_size,
+                world_size=trainer.world_size,
+            )
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

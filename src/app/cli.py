@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
+    InterpolationResolutionError,
     MissingMandatoryValue,
     OmegaConfBaseException,
     ValidationError,
@@ -100,11 +101,12 @@ def explain(error: BaseException) -> str:
     while cause is not None:
         if isinstance(cause, ConfigKeyError | ConfigAttributeError):
             return _unknown_key(cause)
+        if isinstance(cause, InterpolationResolutionError):
+            return f"{cause.full_key}: {_lower_first(cause)}; type {cause.full_key}=VALUE"
         if isinstance(cause, MissingMandatoryValue):
             return f"{cause.full_key} is required; type {cause.full_key}=VALUE"
         if isinstance(cause, ValidationError):
-            rule = str(cause).splitlines()[0]
-            return f"{cause.full_key}: {rule[0].lower()}{rule[1:]}"
+            return f"{cause.full_key}: {_lower_first(cause)}"
         if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
             return _unknown_preset(cause)
         if isinstance(cause, InstantiationException):
@@ -113,13 +115,21 @@ def explain(error: BaseException) -> str:
     return str(error)
 
 
+def _lower_first(error: BaseException) -> str:
+    line = str(error).splitlines()[0]
+    return line[0].lower() + line[1:]
+
+
 def _unknown_key(error: OmegaConfBaseException) -> str:
     key = str(error.full_key)
     parent = error.parent_node
-    known = [str(name) for name in parent] if isinstance(parent, DictConfig) else []
-    prefix = key.rpartition(".")[0]
-    nearest = difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.5)
-    names = [f"{prefix}.{name}" if prefix else name for name in nearest or sorted(known)]
+    prefix, _, name = key.rpartition(".")
+    known = [str(item) for item in parent or ()] if isinstance(parent, DictConfig) else []
+    if not known and prefix in groups():
+        presets = [preset for preset in groups()[prefix][0] if preset != "none"]
+        return f"{key} has no effect: {prefix} is off; choose {prefix}={'|'.join(presets)} as well"
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    names = [f"{prefix}.{item}" if prefix else item for item in nearest or sorted(known)]
     if nearest:
         return f"{key} is not a key; did you mean {names[0]}?"
     return f"{key} is not a key; known are {', '.join(names) or 'none here'}"

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -157,6 +157,12 @@ class Clip(Callback, ABC):
             found |= tally.metrics(f"/{position}" if several else "")
         self._tallies = [Tally() for _ in self._tallies]
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tallies": [asdict(tally) for tally in self._tallies]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._tallies = [Tally(**counts) for counts in state_dict["tallies"]]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the last fit; hand the rule to a model that does the clipping itself."""
@@ -396,7 +402,8 @@ class PercentileClip(Clip):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.load_state_dict({"norms": {}})
+            self._recent.clear()
+            self._ordered.clear()
 
     def measure(self, position: int, params: list[Tensor], grads: list[Tensor]) -> Measured:
         norm = total_norm(grads, 2.0).item()
@@ -411,11 +418,11 @@ class PercentileClip(Clip):
         return norm, partial(scale_to_, grads, norm, bound) if norm > bound else None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"norms": {position: list(norms) for position, norms in self._recent.items()}}
+        norms = {position: list(norms) for position, norms in self._recent.items()}
+        return {**super().state_dict(), "norms": norms}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._recent.clear()
-        self._ordered.clear()
+        super().load_state_dict(state_dict)
         for position, norms in state_dict["norms"].items():
             self._recent[position].extend(norms)
             self._ordered[position].extend(sorted(norms))

@@ -173,6 +173,7 @@ class ExactResume(pl.Callback):
     def __init__(self) -> None:
         self._loaders: list[ResumableLoader] = []
         self._restored: dict[str, Any] | None = None
+        self._weights: dict[str, Any] | None = None
 
     def attach(self, source: pl.LightningDataModule | pl.LightningModule) -> None:
         """Let what provides the training data serve resumable loaders."""
@@ -193,6 +194,13 @@ class ExactResume(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._restored = checkpoint.get("resume")
+        self._weights = checkpoint["state_dict"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        weights, self._weights = self._weights, None
+        if weights is not None and trainer.precision == "64-true":
+            # Lightning has loaded them before the model was of that precision
+            pl_module.load_state_dict(weights)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         restored, self._restored = self._restored, None

@@ -1,0 +1,109 @@
+"""What whole processes cost: short commands, the way to the first step, a short job.
+
+* `--cfg job`, TAB and `--help` against `import hydra`; targets: at most 2, 1.3 and 4 times that.
+* Up to the first optimizer step of the default run against the same model, data and batch in torch
+  alone; target: at most 1.4 times that.
+* A whole job of two epochs with its test against the same job as the lightning-hydra-template's
+  users write it (`peers/eager_lightning.py`); target: at most 0.65 of it.
+
+Each is measured in CPU seconds of the process, which other programs leave alone, and by the clock.
+The targets are for CPU seconds. One thread each. Run as `python benchmarks/startup.py`.
+"""
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from side_by_side import in_turns, show
+
+ROUNDS = 9
+HERE = Path(__file__).parent
+PEERS = HERE / "peers"
+DATA = HERE.parent / "src" / "app" / "data" / "mnist1d.npz"
+OURS = ("-m", "app.train")
+EAGER = (str(PEERS / "eager_lightning.py"), f"data.path={DATA}")
+EPOCHS = "trainer.max_epochs=2"
+FIRST = "+callbacks.first._target_=first_step.FirstStep"
+TAB = ("-sc", "query=bash")
+
+COMMANDS = {
+    "import hydra": ("-c", "import hydra"),
+    "ours: --cfg job": (*OURS, "--cfg", "job"),
+    "ours: TAB": (*OURS, *TAB),
+    "ours: --help": (*OURS, "--help"),
+    "eager: --cfg job": (*EAGER, "--cfg", "job"),
+    "eager: TAB": (*EAGER[:1], *TAB),
+    "eager: --help": (*EAGER, "--help"),
+}
+FIRST_STEP = {
+    "torch alone": (str(PEERS / "raw_torch.py"), str(DATA)),
+    "ours": (*OURS, FIRST, "{run_dir}"),
+    "ours, logger=none": (*OURS, FIRST, "{run_dir}", "logger=none"),
+    "eager": (*EAGER, FIRST, "{run_dir}"),
+}
+JOB = {
+    "eager": (*EAGER, EPOCHS, "{run_dir}"),
+    "ours": (*OURS, EPOCHS, "{run_dir}"),
+    "ours, logger=none": (*OURS, EPOCHS, "{run_dir}", "logger=none"),
+}
+
+
+class Process:
+    """A command of a fresh interpreter: its CPU seconds, and `seconds` of each call by the clock.
+
+    `{run_dir}` becomes an override with an empty folder.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.arguments = arguments
+        self.seconds: list[float] = []
+
+    def __call__(self) -> float:
+        with TemporaryDirectory() as folder:
+            run_dir = f"hydra.run.dir={folder}/run"
+            command = [sys.executable, *(a.format(run_dir=run_dir) for a in self.arguments)]
+            before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+            done = subprocess.run(
+                command, env=environment(), cwd=HERE.parent, capture_output=True, text=True
+            )
+            self.seconds.append(time.monotonic() - started)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def environment() -> dict[str, str]:
+    """What all run in: one thread, `first_step` within reach, a line to complete."""
+    path = os.pathsep.join([str(PEERS), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    line = {"COMP_LINE": "app.train clip="}
+    return {**os.environ, **line, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PYTHONPATH": path}
+
+
+def compare(
+    title: str, commands: Mapping[str, Sequence[str]], targets: Mapping[str, float]
+) -> None:
+    """Run the commands in turns; show their ratios to the first one."""
+    processes = {name: Process(arguments) for name, arguments in commands.items()}
+    costs = in_turns(processes, rounds=ROUNDS)
+    base = next(iter(commands))
+    show(f"{title}, CPU seconds", costs, base=base, targets=targets)
+    clock = {name: process.seconds[1:] for name, process in processes.items()}  # without warm-up
+    show(f"{title}, by the clock", clock, base=base, targets={})
+
+
+def main() -> None:
+    """Measure the three."""
+    targets = {"ours: --cfg job": 2, "ours: TAB": 1.3, "ours: --help": 4}
+    compare("short commands", COMMANDS, targets)
+    compare("to the first optimizer step", FIRST_STEP, {"ours": 1.4})
+    compare("a job of two epochs", JOB, {"ours": 0.65})
+
+
+if __name__ == "__main__":
+    main()

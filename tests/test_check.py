@@ -1,0 +1,116 @@
+"""Everything that can be known before torch is imported is refused before torch is imported."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.build import build
+from app.cli import REFUSALS, explain
+
+KEYS = {
+    ("clip.maxnorm=1",): "clip.maxnorm is not a key; did you mean clip.max_norm?",
+    ("clipp=norm",): "clipp is not a key; did you mean clip?",
+    ("clip=nrm",): "clip=nrm is not a preset; choose one of adaptive, none, norm, percentile, "
+    "value; did you mean clip=norm?",
+    ("clip.max_norm=much",): "clip.max_norm: value 'much' of type 'str' could not be converted to "
+    "Float",
+    ("clip.max_norm=-1",): "clip.max_norm must be > 0, got -1.0; to switch clipping off use "
+    "clip=none",
+    ("clip.nonfinite=ignore",): "clip.nonfinite: invalid value 'ignore', expected one of [skip, "
+    "error, clip]",
+    ("averaging.decay=0.9",): "averaging.decay has no effect: averaging is off; choose "
+    "averaging=ema|swa|uniform as well",
+    ("model=custom",): "model._target_ is required; type model._target_=VALUE",
+    ("data=custom", "data._target_=theirs.LitData"): "model.in_features: interpolation key "
+    "'data.num_features' not found; type model.in_features=VALUE",
+    ("seed=-1",): "seed must be >= 0, got -1; type seed=42",
+    ("trainer.max_epochs=0",): "trainer.max_epochs must be > 0, got 0; for no limit type "
+    "trainer.max_epochs=null",
+    ("accumulate=effective", "accumulate.batch_size=1000"): "accumulate.batch_size must be a "
+    "multiple of 128 (micro-batch 128 x world size 1), got 1000; the nearest that work: "
+    "accumulate.batch_size=896 or accumulate.batch_size=1024",
+}
+COMBINATIONS = {
+    ("scheduler=cosine", "optimizer=none"): "scheduler needs an optimizer whose rate it sets, and "
+    "optimizer=none leaves the model its own; choose an optimizer, or use scheduler=none",
+    ("scheduler=cosine", "trainer.max_epochs=null", "trainer.max_minutes=1"): "scheduler needs the "
+    "length of the run; type trainer.max_epochs=30 or trainer.max_steps=1000, or use "
+    "scheduler=none",
+    ("scheduler=steps", "trainer.max_epochs=20"): "scheduler.milestones=[15, 25] are not all "
+    "before trainer.max_epochs=20; type 'scheduler.milestones=[10]'",
+    ("scheduler=plateau", "trainer.limit_val_batches=0"): "scheduler=plateau watches the "
+    "validation, which trainer.limit_val_batches=0 switches off; type "
+    "trainer.limit_val_batches=null, or use another scheduler",
+    ("callbacks=early_stopping", "trainer.limit_val_batches=0"): "callbacks.early_stopping watches "
+    "the validation, which trainer.limit_val_batches=0 switches off; type "
+    "trainer.limit_val_batches=null, or use callbacks=default",
+    ("accumulate=schedule", "trainer.max_epochs=15"): "accumulate.starts has [20], which the run "
+    "never reaches (trainer.max_epochs=15); leave them out",
+    ("averaging=swa", "averaging.start=30"): "averaging.start=30 is not before the end of the run "
+    "(30), so that nothing would be averaged; type averaging.start=15, or use averaging=none",
+    ("averaging=swa", "trainer.max_epochs=null", "trainer.max_steps=9"): "averaging.start=0.5 is a "
+    "share of trainer.max_epochs, which is null; type averaging.start=null "
+    "averaging.start_step=1000",
+    ("averaging=ema", "trainer.max_epochs=null", "trainer.max_minutes=1"): "averaging.horizon is a "
+    "share of the run's optimizer steps, which neither trainer.max_epochs nor trainer.max_steps "
+    "bounds; type averaging.decay=0.999",
+    ("averaging=ema", "averaging.validate=both", "trainer.limit_val_batches=0"): "averaging."
+    "validate=both needs the validation, which trainer.limit_val_batches=0 switches off; type "
+    "averaging.validate=averaged",
+    ("precision=fp16", "trainer.accelerator=cpu"): "precision=fp16 needs a GPU: "
+    "trainer.accelerator=cpu has no scaled float16; use precision=bf16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("typed", [*KEYS, *COMBINATIONS], ids=" ".join)
+def test_what_cannot_be_done_is_refused_in_terms_of_what_was_typed(
+    checked: Callable[..., Any], typed: tuple[str, ...]
+) -> None:
+    with pytest.raises(REFUSALS) as refusal:
+        checked(*typed)
+    assert explain(refusal.value) == (KEYS | COMBINATIONS)[typed]
+
+
+def test_every_rule_between_groups_is_shown_above() -> None:
+    from app.conf.schema import RULES
+
+    assert len(COMBINATIONS) == len(RULES)
+
+
+def test_a_check_imports_neither_torch_nor_lightning_and_leaves_no_folder(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.argv = ['check', 'averaging=ema', 'clip=value'];"
+        "import runpy; runpy.run_module('app.check', run_name='__main__');"
+        "assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("ok\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_optimizer_for_a_model_that_steps_its_own_is_refused(
+    checked: Callable[..., Any],
+) -> None:
+    config = checked("model=custom", "model._target_=theirs.TwoOptimizers")
+    with pytest.raises(ValueError, match="optimizer") as refusal:
+        build(config, [])
+    assert str(refusal.value) == (
+        "optimizer cannot replace those of TwoOptimizers, which steps its own "
+        "(automatic_optimization=False); type optimizer=none"
+    )
+
+
+@pytest.mark.parametrize("key", ["model", "data"])
+def test_a_target_of_another_kind_is_refused(checked: Callable[..., Any], key: str) -> None:
+    config = checked("model.in_features=40", "model.num_classes=10") | {
+        key: {"_target_": "collections.OrderedDict"}
+    }
+    with pytest.raises(TypeError, match=f"^{key}._target_ must be a Lightning"):
+        build(config, [])
