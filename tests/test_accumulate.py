@@ -622,6 +622,57 @@ def test_acc_weights_a_batch_without_the_count_is_refused(made: Any, key: str, t
     )
 
 
+# Over several processes
+
+
+class Ranks(Packed):
+    """Each of two ranks reads every other micro-batch."""
+
+    def train_dataloader(self) -> Any:
+        trainer = self.trainer
+        batches = super().train_dataloader().dataset[trainer.global_rank :: trainer.world_size]
+        return DataLoader(batches, batch_size=None)
+
+
+def fit_on_two_ranks(model: Net, *callbacks: pl.Callback, **options: Any) -> None:
+    two = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}
+    fit(model, *callbacks, **two, **options)
+
+
+@pytest.fixture
+def _two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_initialized():
+        pytest.skip("a process with CUDA cannot be forked")
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+FORKED = pytest.mark.filterwarnings(r"ignore:.*multi-threaded, use of fork\(\):DeprecationWarning")
+
+
+@FORKED
+@pytest.mark.usefixtures("_two_ranks")
+def test_acc_weights_add_up_over_the_ranks() -> None:
+    micro, large = Ranks(1), Packed(4)
+    fit_on_two_ranks(micro, constant(2, "count"), max_epochs=2)
+    fit(large, max_epochs=2)
+    same_weights(micro, large)
+
+
+@FORKED
+@pytest.mark.usefixtures("_two_ranks")
+def test_acc_resume_inside_a_window_keeps_the_gradients_of_all_ranks(tmp_path: Path) -> None:
+    def train(*callbacks: pl.Callback, **options: Any) -> Net:
+        model, resume = Ranks(1), ExactResume()
+        resume.attach(model)
+        fit_on_two_ranks(model, constant(3, "count"), resume, *callbacks, **options)
+        return model
+
+    straight = train(Saves(tmp_path, "on_train_batch_end"))
+    for path in sorted(tmp_path.glob("*.ckpt")):
+        same_weights(train(ckpt_path=path), straight)
+
+
 # Under a gradient scaler
 
 

@@ -146,10 +146,7 @@ class Accumulation(pl.Callback):
         optimizer: torch.optim.Optimizer,
     ) -> None:
         assert self._window is not None
-        total = self._total_weight
-        if self.weight_by is not None and trainer.world_size > 1:
-            local = torch.tensor(total, dtype=torch.float64, device=pl_module.device)
-            total = float(trainer.strategy.reduce(local, reduce_op="mean"))
+        total = self._mean_weight(trainer, pl_module)
         if total not in (0.0, float(self._window)):
             gradients = [
                 parameter.grad
@@ -182,9 +179,10 @@ class Accumulation(pl.Callback):
             "factor": int(self._window),
             "start": self._window.start,
             "num_batches": self._num_batches,
-            "total_weight": self._total_weight,
+            "total_weight": self._mean_weight(trainer, pl_module),
+            # only the first rank writes: each then goes on with the mean, which adds up to the same
             "gradients": {
-                name: parameter.grad
+                name: _mean_over_ranks(trainer, parameter.grad)
                 for name, parameter in pl_module.named_parameters()
                 if self._num_batches and parameter.grad is not None
             },
@@ -216,6 +214,12 @@ class Accumulation(pl.Callback):
         self._window = trainer.accumulate_grad_batches = Window(factor, batch_idx)
         self._num_batches, self._total_weight = 0, 0.0
 
+    def _mean_weight(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
+        if self.weight_by is None or trainer.world_size == 1:
+            return self._total_weight
+        weight = torch.tensor(self._total_weight, dtype=torch.float64, device=pl_module.device)
+        return float(_mean_over_ranks(trainer, weight))
+
     @staticmethod
     def _count(batch: Any, key: str) -> float:
         in_mapping = isinstance(batch, Mapping) and key in batch
@@ -227,6 +231,14 @@ class Accumulation(pl.Callback):
                 f"the batch {held or f'is a {type(batch).__name__}'}"
             )
         return float(count.sum() if isinstance(count, Tensor) else count)
+
+
+def _mean_over_ranks(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
+    if trainer.world_size == 1:
+        return tensor
+    mean = trainer.strategy.reduce(tensor.clone(), reduce_op="mean")  # in place, hence the clone
+    assert isinstance(mean, Tensor)
+    return mean
 
 
 class ConstantAccumulation(Accumulation):
