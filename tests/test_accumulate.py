@@ -14,6 +14,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import SMALL
+from lightning.fabric.utilities.rank_zero import WarningCache
+from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -350,7 +352,11 @@ def test_the_model_sees_the_factor_in_force_and_the_trainer_gets_its_own_back() 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize("left_out", [{1}, {0}, {3}, {0, 1, 2}, {4, 5, 6, 7}, {8}, {9}, {8, 9}])
-def test_a_step_is_the_mean_over_the_losses_that_there_were(left_out: set[int]) -> None:
+def test_a_step_is_the_mean_over_the_losses_that_there_were(
+    monkeypatch: pytest.MonkeyPatch, left_out: set[int]
+) -> None:
+    monkeypatch.setattr(Closure, "warning_cache", WarningCache())  # warns once in a process
+
     class Leaves(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return None if batch_idx in left_out else super().training_step(batch, batch_idx)
@@ -456,6 +462,13 @@ def test_acc_resume_keeps_the_scheduled_factor_in_mid_epoch(tmp_path: Path) -> N
     resumed, watch = continued(SCHEDULES["epoch"](), ckpt_path=saves.paths[10])
     assert resumed.factors == [4] * (24 - 11)
     assert watch.stepped == [3, 7, 3, 7]
+
+
+def test_a_checkpoint_holds_gradients_only_inside_a_window(tmp_path: Path) -> None:
+    saves = Saves(tmp_path, "on_train_batch_end")
+    fit(Net(), constant(4), saves)
+    held = [bool(torch.load(p)["accumulation"]["gradients"]) for p in saves.paths]
+    assert held == [True, True, True, False] * 2 + [True, False]
 
 
 def test_a_run_saved_without_accumulation_goes_on_with_it(tmp_path: Path) -> None:

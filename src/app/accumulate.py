@@ -96,15 +96,20 @@ class Accumulation(pl.Callback):
             num_batches=num_batches, num_epochs=num_epochs, by_epoch=by_epoch, by_step=by_step
         )
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
+    @staticmethod
+    def refuse_manual_optimization(pl_module: pl.LightningModule) -> None:
+        """Raise ValueError where the model steps its own optimizers."""
         if not pl_module.automatic_optimization:
             raise ValueError(
                 f"accumulate cannot act with {type(pl_module).__name__}: it steps its own "
                 "optimizers (automatic_optimization=False); accumulate inside its training_step "
                 "and use accumulate=none"
             )
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self.refuse_manual_optimization(pl_module)
         self._gradients = {}
         self._open(trainer, 0)
 

@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from app.accumulate import Accumulation
 from app.checkpoint import CheckpointFiles, Checkpoints
 from app.metrics import StepMetrics
 from app.optim import configure_optimizers
@@ -52,6 +53,9 @@ def build(config: Mapping[str, Any], extra_callbacks: Sequence[pl.Callback]) -> 
         data if is_overridden("train_dataloader", data, pl.LightningDataModule) else model
     )
     techniques = [_make(config[group]) for group in TECHNIQUES if config[group] is not None]
+    for technique in techniques:
+        if isinstance(technique, Accumulation):
+            technique.refuse_manual_optimization(model)
     loggers = [_make(logger) for logger in (config["logger"] or {}).values() if logger]
     callbacks = [*techniques, StepMetrics(), resume, *extra_callbacks, *build_callbacks(config)]
     trainer = build_trainer(config, callbacks=callbacks, loggers=loggers)

@@ -5,6 +5,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from app import cli
+from app.imports import importing
 
 
 def check(cfg: DictConfig) -> dict[str, Any]:
@@ -44,8 +45,19 @@ def describe(config: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def main(cfg: DictConfig) -> None:
-    """Check, and say what is on."""
-    for name, text in describe(check(cfg)):
+    """Check, and say what is on.
+
+    Builds a model that is not ours: only it knows whether it steps its own optimizers.
+    """
+    config = check(cfg)
+    if not config["model"]["_target_"].startswith("app."):
+        with importing():
+            from app.build import build
+        try:
+            build(config, [])
+        except (TypeError, ValueError) as error:
+            raise cli.Refused(str(error)) from error
+    for name, text in describe(config):
         print(f"{name:<12}{text}")
     print("ok")
 

@@ -51,7 +51,11 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
         if checkpoint is not None:
             print(f"continuing from {checkpoint}", flush=True)
         with record.phase("fit"):
-            run.trainer.fit(run.model, datamodule=run.data, ckpt_path=checkpoint)
+            try:
+                run.trainer.fit(run.model, datamodule=run.data, ckpt_path=checkpoint)
+            except (KeyboardInterrupt, SystemExit):
+                print(f"\ninterrupted; to go on type the same with name={config['name']}")
+                raise
         record.content |= {
             "metrics": {name: float(v) for name, v in run.trainer.callback_metrics.items()},
             "optimizer_steps": run.trainer.global_step,

@@ -1,0 +1,102 @@
+"""Each rule between groups, and the failure it prevents: what the run would have come to."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from conftest import SMALL
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import OmegaConf
+
+from app.build import Run, build
+from app.check import check
+from app.cli import Refused
+
+
+def learning_rates(run: Run) -> set[float]:
+    return {group["lr"] for group in run.trainer.optimizers[0].param_groups}
+
+
+def has_no_schedule(run: Run) -> bool:
+    return run.trainer.lr_scheduler_configs == []
+
+
+def kept_its_rate(run: Run) -> bool:
+    return learning_rates(run) == {0.2}
+
+
+def never_grew_its_window(run: Run) -> bool:
+    return run.trainer.global_step == run.trainer.fit_loop.total_batch_idx + 1
+
+
+def logged_no_raw_metric(run: Run) -> bool:
+    return not any(name.startswith("raw_") for name in run.trainer.callback_metrics)
+
+
+def trained(run: Run) -> bool:
+    return run.trainer.global_step > 0
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Nothing is raised, and nothing said."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield
+    assert not [text for text in said if "app" in str(text.message)]
+
+
+THEIRS = ("model=custom", "model._target_=theirs.LitModel", "data=custom",
+          "data._target_=theirs.LitData", "optimizer=none")  # fmt: skip
+ENDLESS = ("trainer.max_epochs=null", "trainer.max_minutes=1")
+NO_VALIDATION = "trainer.limit_val_batches=0"
+
+FAILURES = [
+    (("scheduler=cosine", *THEIRS), silent(), lambda run: len(run.trainer.lr_scheduler_configs) == 1
+     and type(run.trainer.lr_scheduler_configs[0].scheduler).__name__ == "OneCycleLR"),
+    (("scheduler=cosine", *ENDLESS),
+     pytest.raises(ValueError, match="scheduler needs the number of optimizer steps"), None),
+    (("scheduler=steps",), silent(), kept_its_rate),
+    (("scheduler=plateau", NO_VALIDATION),
+     pytest.raises(MisconfigurationException, match="val_loss which is not available"), None),
+    (("callbacks=early_stopping", NO_VALIDATION),
+     pytest.raises(RuntimeError, match="val_loss` which is not available"), None),
+    (("accumulate=schedule",), silent(), never_grew_its_window),
+    (("averaging=swa", "averaging.start=2"),
+     pytest.warns(UserWarning, match="averaging never started"), trained),
+    (("averaging=swa", *ENDLESS),
+     pytest.raises(ValueError, match=r"averaging\.start must be a number of epochs"), None),
+    (("averaging=ema", *ENDLESS),
+     pytest.raises(ValueError, match=r"averaging\.decay must be given where the length"), None),
+    (("averaging=ema", "averaging.validate=both", NO_VALIDATION), silent(), logged_no_raw_metric),
+    (("precision=fp16",),
+     pytest.warns(UserWarning, match="Using `precision='bf16-mixed'` instead"), trained),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("typed", "fails", "came_to"), FAILURES, ids=[" ".join(typed[:2]) for typed, *_ in FAILURES]
+)
+def test_a_rule_prevents_a_failure(
+    composed: Callable[..., Any],
+    typed: tuple[str, ...],
+    fails: Any,
+    came_to: Callable[[Run], bool] | None,
+) -> None:
+    small = SMALL if THEIRS[0] not in typed else SMALL[1:-2] + SMALL[-1:]
+    cfg = composed(*small, *typed)
+    with pytest.raises(Refused):
+        check(cfg)
+    config: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    with fails:
+        run = build(config, [])
+        run.trainer.fit(run.model, datamodule=run.data)
+    assert came_to is None or came_to(run)
+
+
+def test_every_rule_is_here() -> None:
+    from app.conf.schema import RULES
+
+    assert len(FAILURES) == len(RULES)
