@@ -85,7 +85,7 @@ class EarlyStopping:
 
 @dataclass(kw_only=True)
 class Progress:
-    """A bar in a terminal, a line per epoch in a file."""
+    """A line per epoch, and in a terminal a bar below."""
 
     _target_: str = "app.progress.progress"
     refresh_every_n_batches: int = MISSING

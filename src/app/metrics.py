@@ -74,7 +74,8 @@ class StepMetrics(pl.Callback):
         if self._model_logs_loss is None:
             self._model_logs_loss = "train_loss" in trainer.callback_metrics
         if self._num_epoch_losses and not self._model_logs_loss:
-            pl_module.log("train_loss", self._epoch_loss / self._num_epoch_losses)
+            mean = self._epoch_loss / self._num_epoch_losses
+            pl_module.log("train_loss", mean, logger=False)  # the loggers have every line of it
         self._epoch_loss, self._num_epoch_losses = 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def configure_optimizers(
     if make_schedule is None:
         return {"optimizer": optimizer}
     steps = model.trainer.estimated_stepping_batches
-    if steps in (-1, math.inf):
+    if steps == math.inf:
         raise ValueError(
             "scheduler needs the number of optimizer steps, and neither the data nor the limits "
             "tell it; type trainer.max_steps=1000, or use scheduler=none"

@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on: a bar in a terminal, a line per epoch in a file."""
+"""What the user sees while a run goes on: a line per epoch, and in a terminal a bar below."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ from app.check import describe
 
 
 def progress(*, refresh_every_n_batches: int) -> pl.Callback:
-    """A rich bar where the output is a terminal, else a line per epoch.
+    """A line per epoch; where the output is a terminal, with a rich bar below.
 
     Args:
         refresh_every_n_batches: how often the bar is drawn, >= 1.
@@ -21,19 +21,23 @@ def progress(*, refresh_every_n_batches: int) -> pl.Callback:
         return EpochLines()
     from lightning.pytorch.callbacks import RichProgressBar
 
-    return RichProgressBar(refresh_rate=refresh_every_n_batches, leave=False)
+    class Bar(EpochLines, RichProgressBar):  # here, or a run without a terminal imported rich
+        """The bar of the epoch, below the lines of those before."""
+
+    return Bar(refresh_rate=refresh_every_n_batches)
 
 
 class EpochLines(pl.Callback):
     """Prints the metrics of each epoch on one line."""
 
-    def __init__(self) -> None:
-        self._started_at = 0.0
+    _started_at = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._started_at = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
         if not trainer.is_global_zero:
             return
         epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"

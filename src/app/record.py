@@ -95,6 +95,7 @@ def draw_curves(metrics_csv: Path, png: Path) -> None:
             panel.plot(
                 *zip(*points, strict=True), label=name, marker="." if len(points) < 3 else ""
             )
+        title = title if len(members) > 1 else members[0]
         panel.set(title=title, xlabel="optimizer step")
         panel.legend()
     for panel in list(axes):

@@ -96,12 +96,13 @@ class Trainer(pl.Trainer):
         Lightning's takes one accumulation factor for all epochs.
         """
         accumulation = next((c for c in self.callbacks if isinstance(c, Accumulation)), None)
-        if accumulation is None or self.max_epochs in (None, -1):
-            return super().estimated_stepping_batches
-        if self.train_dataloader is None:
-            self.fit_loop.setup_data()
-        if self.num_training_batches == math.inf:
-            return super().estimated_stepping_batches
+        estimate = super().estimated_stepping_batches  # this has loaded the data
+        if estimate == -1:  # data without a length, and no max_steps
+            return math.inf
+        if accumulation is None or math.inf in (estimate, self.num_training_batches):
+            return estimate
+        if self.max_epochs in (None, -1):
+            return estimate
         assert self.max_epochs is not None
         steps = accumulation.total_steps(
             num_batches=int(self.num_training_batches), num_epochs=self.max_epochs
