@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 from side_by_side import in_turns, show
 
-ROUNDS = 9
+ROUNDS = 5
 HERE = Path(__file__).parent
 PEERS = HERE / "peers"
 DATA = HERE.parent / "src" / "app" / "data" / "mnist1d.npz"

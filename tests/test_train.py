@@ -1,9 +1,11 @@
 """What a run leaves in its folder, and what the same command does a second time."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +137,10 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("monitor", ["accuracy", "null"])
 def test_without_the_monitored_metric_the_last_checkpoint_is_tested(
-    trained: Callable[..., Any], monitor: str, recwarn: pytest.WarningsRecorder
+    trained: Callable[..., Any], monitor: str
 ) -> None:
-    with (
-        pytest.warns(UserWarning, match="accuracy is not logged by Cnn1d, which logs")
-        if (monitor != "null")
-        else pytest.MonkeyPatch.context()
-    ):
+    text = "accuracy is not logged by Cnn1d, which logs"
+    with nullcontext() if monitor == "null" else pytest.warns(UserWarning, match=text):
         result = trained(f"callbacks.checkpoint.monitor={monitor}")
     assert Path(result["checkpoints"]["best"]).name == "last.ckpt"
     assert "test_acc" in result["metrics"]
@@ -198,6 +197,24 @@ def test_the_commands_of_the_readme_work_as_processes(tmp_path: Path) -> None:
         "train: clip.max_norm must be > 0, got -1.0; to switch clipping off use clip=none\n"
     )
     assert {path.name for path in (tmp_path / "runs").glob("[!.]*")} == {"mine", "mine.1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_to_go_on_and_exits_as_stopped(tmp_path: Path, sent: int) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "app.train", "name=mine", "trainer.max_epochs=500"],
+        cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                process.send_signal(sent)
+                break
+        assert "interrupted; to go on type the same with name=mine\n" in process.stdout.read()
+    assert process.returncode == 128 + sent
+    result = json.loads((tmp_path / "runs/mine/result.json").read_text())
+    assert result["status"] == "interrupted"
 
 
 @pytest.mark.slow

@@ -277,6 +277,16 @@ class ScheduledAccumulation(Accumulation):
         factors = dict(zip(self.starts, self.factors, strict=True))
         return ({0: 1}, factors) if self.by == "step" else (factors, {0: 1})
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        steps = trainer.estimated_stepping_batches
+        late = [start for start in self.starts if self.by == "step" and start >= steps > 0]
+        if late:
+            raise ValueError(
+                f"accumulate.starts has {late}, which the run of {steps} optimizer steps never "
+                "reaches; leave them out"
+            )
+
 
 class EffectiveBatch(Accumulation):
     """The factor that makes micro-batch x factor x world size exactly `batch_size`.

@@ -1,5 +1,6 @@
 """Trains one run: `python -m app.train averaging=ema clip=value`."""
 
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def main(cfg: DictConfig) -> None:
 def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     """Fit and test; returns the content of result.json, which is written also on a failure."""
     with importing():
+        from lightning.pytorch.utilities.exceptions import SIGTERMException
         from lightning.pytorch.utilities.model_helpers import is_overridden
 
         from app.build import build
@@ -53,9 +55,11 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
         with record.phase("fit"):
             try:
                 run.trainer.fit(run.model, datamodule=run.data, ckpt_path=checkpoint)
-            except (KeyboardInterrupt, SystemExit):
+            except (KeyboardInterrupt, SystemExit) as stop:
                 print(f"\ninterrupted; to go on type the same with name={config['name']}")
-                raise
+                # Lightning says 1 and 0; a shell says 128 and the signal
+                signum = signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT
+                raise SystemExit(128 + signum) from stop
         record.content |= {
             "metrics": {name: float(v) for name, v in run.trainer.callback_metrics.items()},
             "optimizer_steps": run.trainer.global_step,
