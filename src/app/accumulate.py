@@ -279,8 +279,12 @@ class ScheduledAccumulation(Accumulation):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        steps = trainer.estimated_stepping_batches
-        late = [start for start in self.starts if self.by == "step" and start >= steps > 0]
+        batches = trainer.num_training_batches
+        if self.by == "epoch" or batches == math.inf or trainer.max_epochs in (None, -1):
+            return
+        assert trainer.max_epochs is not None
+        steps = self.total_steps(num_batches=int(batches), num_epochs=trainer.max_epochs)
+        late = [start for start in self.starts if start >= steps]
         if late:
             raise ValueError(
                 f"accumulate.starts has {late}, which the run of {steps} optimizer steps never "
