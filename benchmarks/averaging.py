@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from app.averaging import Ema
-from app.averaging.shadow import Shadow
 
 DECAY = 0.99
 ROUNDS = 15
@@ -115,9 +114,10 @@ class Inside(pl.Callback):
 
     def _measure_updates(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         optimizer = trainer.optimizers[0]
-        shadow = Shadow(pl_module)
-        live = [raw for _, raw in shadow.tensors().values()]
-        averages = [raw.clone() for raw in live]
+        shadow = self.ours._shadow
+        assert shadow is not None
+        # the very tensors of ours: others may lie in memory that is faster or slower
+        averages, live = zip(*shadow.tensors().values(), strict=True)
 
         def as_called() -> None:
             for hook in optimizer._optimizer_step_post_hooks.values():

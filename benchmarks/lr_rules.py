@@ -21,8 +21,8 @@ from functools import cache, partial
 from pathlib import Path
 from pydoc_data import topics
 from statistics import median
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,10 +32,13 @@ from app.data.mnist1d import FILE
 from app.models.cnn1d import Cnn1d
 from app.models.mlp import Mlp
 from app.models.transformer import Transformer
+from app.tuner.lr_rules import RULES, Suggestion, diverged, suggest, sweep
 
 Batch = tuple[Tensor, Tensor]
 GRID = [10 ** (-5 + 0.5 * place) for place in range(12)]
 TARGETS = (1.10, 1.25)
+BETA = 0.95
+FACTOR = 4.0
 
 
 @dataclass
@@ -54,8 +57,6 @@ class Problem:
 
 @cache
 def mnist1d() -> tuple[Batch, Batch]:
-    import numpy as np
-
     with np.load(FILE) as file:
         x, y, val_x, val_y = (
             torch.from_numpy(file[n]) for n in ("x_train", "y_train", "x_val", "y_val")
@@ -234,3 +235,120 @@ def train(model: nn.Module, problem: Problem, *, lr: float, num_steps: int, seed
                 found.append(problem.loss(model(val_x), val_y).item())
     mean = sum(found) / len(found)
     return mean if math.isfinite(mean) else math.inf
+
+
+def range_test(problem: Problem, *, num_steps: int, seed: int) -> tuple[list[float], list[float]]:
+    """The sweep, and the losses up to where it was stopped."""
+    lrs = sweep(num_steps=num_steps, lowest=1e-7, highest=10.0, mode="exponential")
+    model = built(problem, seed)
+    optimizer = problem.optimizer(model.parameters(), lr=lrs[0])
+    losses: list[float] = []
+    for lr, (x, y) in zip(lrs, batches(problem, seed + 100), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = problem.loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if diverged(losses, beta=BETA, factor=FACTOR):
+            break
+    return lrs, losses
+
+
+# ---------------------------------------------------------------------------------------- the study
+
+
+@dataclass
+class Case:
+    """One problem and seed: the ratio of each rule, 1.00 being the best of the grid."""
+
+    best_lr: float
+    suggestion: Suggestion
+    ratios: dict[str, float]
+    curve: tuple[list[float], list[float]]
+
+
+def study(name: str, seed: int, *, sweep_steps: int, num_steps: int) -> Case:
+    problem = PROBLEMS[name]
+    lrs, losses = range_test(problem, num_steps=sweep_steps, seed=seed)
+    suggestion = suggest(lrs, losses, rule=next(iter(RULES)), beta=BETA)
+
+    def final_loss(lr: float) -> float:
+        return train(built(problem, seed), problem, lr=lr, num_steps=num_steps, seed=seed)
+
+    grid = {lr: final_loss(lr) for lr in GRID}
+    best = min(grid.values())
+    ratios = {
+        rule: math.inf if lr is None else final_loss(lr) / best
+        for rule, lr in suggestion.by_rule.items()
+    }
+    return Case(min(grid, key=grid.__getitem__), suggestion, ratios, (lrs, losses))
+
+
+def show(title: str, cases: dict[str, list[Case]]) -> None:
+    print(f"\n{title:<30}" + "".join(f"{rule:>15}" for rule in RULES) + "   doubts    best lr")
+    for name, found in cases.items():
+        line = f"{name:<30}" + "".join(f"{_summary(found, rule):>15}" for rule in RULES)
+        doubts = sum(case.suggestion.doubt is not None for case in found)
+        best_lr = median(case.best_lr for case in found)
+        print(f"{line}   {doubts} of {len(found)}    {best_lr:.1e}")
+    everything = [case for found in cases.values() for case in found]
+    trusted = [case for case in everything if case.suggestion.doubt is None]
+    for label, some in (("all", everything), ("all without a doubt", trusted)):
+        if some:
+            print(f"{label:<30}" + "".join(f"{_summary(some, rule):>15}" for rule in RULES))
+
+
+def _summary(cases: list[Case], rule: str) -> str:
+    ratios = [case.ratios[rule] for case in cases]
+    return f"{median(ratios):.2f} / {max(ratios):.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sweep-steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=250, help="of each training")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budget-s", type=float, default=480, help="begin no case after it")
+    parser.add_argument("--problems", default="", help="only those whose name holds this")
+    parser.add_argument("--json", type=Path, help="write the curves and suggestions here too")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    begin = time.monotonic()
+    names = [name for name in PROBLEMS if args.problems in name]
+    cases: dict[str, list[Case]] = {name: [] for name in names}
+    left_out = 0
+    for seed in range(args.seeds):
+        for name in names:
+            if time.monotonic() - begin > args.budget_s:
+                left_out += 1
+                continue
+            case = study(name, seed, sweep_steps=args.sweep_steps, num_steps=args.steps)
+            cases[name].append(case)
+            said = case.suggestion
+            print(f"{name}, seed {seed}: {said.lr}, best of the grid {case.best_lr:.1e}", end="")
+            print(f"; {said.doubt}" if said.doubt else "", flush=True)
+
+    print(f"\nvalidation loss over the best of {len(GRID)} learning rates, median / worst")
+    for title, group in (("TUNED", TUNED), ("HELD OUT", HELD_OUT)):
+        if any(cases.get(name) for name in group):
+            show(title, {name: cases[name] for name in group if cases.get(name)})
+    default = next(iter(RULES))
+    found = [case.ratios[default] for name in TUNED for case in cases.get(name, [])]
+    if found:
+        met = median(found) <= TARGETS[0] and max(found) <= TARGETS[1]
+        target = f"{TARGETS[0]:.2f} / {TARGETS[1]:.2f}"
+        print(f"\n{default} on TUNED: target {target}, {'met' if met else 'MISSED'}")
+    print(f"{time.monotonic() - begin:.0f} s; {left_out} cases left out for want of time")
+    if args.json:
+        told = {
+            name: [(case.curve, case.suggestion.by_rule, case.ratios) for case in found]
+            for name, found in cases.items()
+        }
+        args.json.write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()

@@ -37,6 +37,10 @@ class Train:
     """auto continues an unfinished run of this name; never moves it aside and begins anew."""
     test: Weights = MISSING
     """The checkpoint tested after the fit: best, last, or none for no test."""
+    fit: bool = MISSING
+    """Whether to train; false ends after the finders."""
+    tuned: str | None = MISSING
+    """A tuned.yaml whose overrides to use instead of a search."""
     run_dir: str = MISSING
     """Folder of the run, given by Hydra."""
     model: Any = MISSING
@@ -50,6 +54,7 @@ class Train:
     precision: Any = MISSING
     logger: Any = None
     callbacks: Any = None
+    tuner: Any = None
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", "be >= 0", self.seed, "type seed=42")
@@ -117,6 +122,10 @@ BY_LENGTH = ("app.optim.WarmupDecay", "app.optim.OneCycle")
 """Schedules that are laid out over the whole run."""
 
 RULES = (
+    Rule(
+        lambda run: not run.fit and run.tuner is None,
+        lambda run: "fit=false leaves nothing to do: tuner is off; use tuner=full, or fit=true",
+    ),
     Rule(
         lambda run: run.scheduler is not None and run.optimizer is None,
         lambda run: (

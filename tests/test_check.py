@@ -35,6 +35,8 @@ KEYS = {
     "accumulate.batch_size=896 or accumulate.batch_size=1024",
 }
 COMBINATIONS = {
+    ("fit=false", "tuner=none"): "fit=false leaves nothing to do: tuner is off; use tuner=full, or "
+    "fit=true",
     ("scheduler=cosine", "optimizer=none"): "scheduler needs an optimizer whose rate it sets, and "
     "optimizer=none leaves the model its own; choose an optimizer, or use scheduler=none",
     ("scheduler=cosine", "trainer.max_epochs=null", "trainer.max_minutes=1"): "scheduler needs the "

@@ -149,7 +149,7 @@ def help_text(config_name: str, description: str) -> str:
     """What the command does, its groups with their presets, and where to look further."""
     command = f"python -m app.{config_name}"
     lines = [description, "", f"usage: {command} [group=preset ...] [key=value ...]"]
-    if config_name in ("train", "check"):
+    if config_name in ("train", "tune", "check"):
         lines += ["", "groups (group=preset; what it is):"]
         for group, (presets, summary) in groups().items():
             lines += [f"  {group}={'|'.join(presets)}", f"      {summary}"]

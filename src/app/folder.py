@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from app.cli import Refused
 
-OF_THE_COMMAND = ("name", "resume", "run_dir")
+OF_THE_COMMAND = ("name", "resume", "run_dir", "tuned", "fit")
 """Keys that may differ between two commands of the same run."""
 
 

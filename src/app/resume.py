@@ -140,13 +140,17 @@ def without_persistent_workers(loader: Any) -> Any:
             f"{type(loader).__name__} keeps its workers between epochs, and their random state "
             "cannot be saved; give it persistent_workers=False, or type resume=never"
         )
+    return rebuilt(loader, persistent_workers=False)
+
+
+def rebuilt(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
+    """The same loader with other arguments."""
     arguments = {
         name: getattr(loader, name)
         for name in inspect.signature(DataLoader).parameters
         if hasattr(loader, name)
-    }
-    arguments["persistent_workers"] = False
-    if loader.batch_sampler is not None:
+    } | changes
+    if arguments["batch_sampler"] is not None:
         for name in ("batch_size", "shuffle", "sampler", "drop_last"):
             arguments.pop(name, None)
     return DataLoader(**arguments)

@@ -12,11 +12,14 @@ from app import cli
 from app.check import check
 from app.folder import RunFolder
 from app.imports import importing
+from app.tuner.answers import recalled
+from app.tuner.keys import startable, with_overrides
 
 
 def main(cfg: DictConfig) -> None:
     """Check the configuration, then train, test and leave the result in the run's folder."""
     try:
+        cfg = startable(cfg)
         config = check(cfg)
     except ValueError:
         RunFolder(Path(cfg.run_dir)).remove_if_empty()
@@ -25,13 +28,22 @@ def main(cfg: DictConfig) -> None:
     with folder.locked():
         if config["resume"] == "never":
             folder.move_aside()
-        folder.refuse_changes(config)
+        tuned = recalled(config, folder.path)
+        if tuned is not None:
+            config = check(with_overrides(cfg, tuned))
+        if tuned is not None or config["tuner"] is None:
+            folder.refuse_changes(config)
         result = folder.read_result()
         if result is not None and result["status"] == "finished":
             print(f"{folder.path} is finished; see {folder.result_path}")
             return
-        folder.write_config(config, list(HydraConfig.get().overrides.task))
-        train(config, folder)
+        if tuned is None and config["tuner"] is not None:
+            with importing():
+                from app.tuner.find import find
+            config = check(with_overrides(cfg, find(cfg, folder.path)))
+        if config["fit"]:
+            folder.write_config(config, list(HydraConfig.get().overrides.task))
+            train(config, folder)
 
 
 def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:

@@ -1,0 +1,218 @@
+"""Finders: search the micro-batch and the learning rate before the fit, then run with the answers.
+
+A finder is a function from a configuration to overrides: it probes throwaway objects, and the run
+is built as if the overrides had been typed. Answers are kept in the run's `tuned.yaml` and, by what
+decides them, in `tuner.cache`: a continued run and a sweep do not search again.
+
+| preset     | what it searches                                                   | source      |
+|------------|--------------------------------------------------------------------|-------------|
+| batch_size | the largest micro-batch that fits, or the smallest that is as fast |             |
+| lr_find    | the learning rate: a range test of some hundred optimizer steps    | 1506.01186  |
+| full       | both, in that order                                                |             |
+| milestones | the learning rate, before the fit and again inside, at given epochs |            |
+
+Sources are arXiv numbers.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from ..rules import require
+
+
+class BatchMode(str, Enum):
+    """How to look for the largest size."""
+
+    auto = "auto"
+    model = "model"
+    power = "power"
+    binsearch = "binsearch"
+
+
+class Goal(str, Enum):
+    """Which of the sizes that fit is the answer."""
+
+    largest = "largest"
+    fastest = "fastest"
+
+
+class SweepMode(str, Enum):
+    """The spacing of the learning rates."""
+
+    exponential = "exponential"
+    linear = "linear"
+
+
+class LrRule(str, Enum):
+    """Which learning rate of a curve is the answer."""
+
+    slope = "slope"
+    valley = "valley"
+    minimum = "minimum"
+    steepest = "steepest"
+
+
+class OnDoubt(str, Enum):
+    """What to do where the curve gives no clear answer."""
+
+    keep = "keep"
+    use = "use"
+
+
+@dataclass(kw_only=True)
+class BatchSize:
+    """The search for the micro-batch."""
+
+    key: str | None = MISSING
+    """Key to tune; null = data.batch_size, else model.batch_size."""
+    mode: BatchMode = MISSING
+    """auto = model where the device reports its memory, else binsearch; model predicts from the
+    memory of two sizes and confirms from both sides; power doubles; binsearch doubles, then
+    bisects."""
+    goal: Goal = MISSING
+    """largest, or fastest: the smallest within 3 % of the most samples per second."""
+    init_val: int = MISSING
+    """First size tried, >= 1."""
+    max_val: int | None = MISSING
+    """Largest size allowed, >= 1; null = the data set."""
+    min_batches: int = MISSING
+    """Micro-batches that an epoch must have at least, >= 1: a run of few steps learns little."""
+    max_trials: int = MISSING
+    """Sizes tried, >= 1."""
+    steps_per_trial: int = MISSING
+    """Optimizer steps of each trial, >= 2: the second one has the optimizer's state."""
+    margin: float = MISSING
+    """Share taken off the largest size that fits, 0 to below 1."""
+    memory_fraction: float = MISSING
+    """Share of the device's memory that may be used, above 0 to 1."""
+
+    def __post_init__(self) -> None:
+        key = "tuner.batch_size"
+        for name, least in (
+            ("init_val", 1),
+            ("max_val", 1),
+            ("min_batches", 1),
+            ("max_trials", 1),
+            ("steps_per_trial", 2),
+        ):
+            value = getattr(self, name)
+            require(
+                value is None or value >= least,
+                f"{key}.{name}",
+                f"be >= {least}",
+                value,
+                f"type {key}.{name}={least}",
+            )
+        require(
+            self.max_val is None or self.init_val <= self.max_val,
+            f"{key}.init_val",
+            f"be at most {key}.max_val={self.max_val}",
+            self.init_val,
+            f"type {key}.init_val=1",
+        )
+        require(
+            0 <= self.margin < 1,
+            f"{key}.margin",
+            "be from 0 to below 1",
+            self.margin,
+            f"type {key}.margin=0.0",
+        )
+        require(
+            0 < self.memory_fraction <= 1,
+            f"{key}.memory_fraction",
+            "be above 0, up to 1",
+            self.memory_fraction,
+            f"type {key}.memory_fraction=0.9",
+        )
+
+
+@dataclass(kw_only=True)
+class LearningRate:
+    """The range test."""
+
+    key: Any = MISSING
+    """Key to tune, or a list with one for each optimizer of the model; null = optimizer.lr, else
+    model.lr or model.learning_rate."""
+    lowest: float = MISSING
+    """First learning rate, > 0."""
+    highest: float = MISSING
+    """Last learning rate, above the first."""
+    num_steps: int = MISSING
+    """Optimizer steps of the sweep, >= 10."""
+    mode: SweepMode = MISSING
+    """exponential or linear spacing."""
+    smoothing: float = MISSING
+    """Share that the smoothed loss keeps of itself at each step, 0 to below 1."""
+    divergence: float = MISSING
+    """Stop where the loss is above its best by this many times the range seen so far, > 0."""
+    rule: LrRule = MISSING
+    """slope, valley, minimum or steepest; all are drawn."""
+    on_doubt: OnDoubt = MISSING
+    """keep the configured rate, or use the suggestion, where the curve gives no clear answer."""
+
+    def __post_init__(self) -> None:
+        key = "tuner.lr"
+        require(self.lowest > 0, f"{key}.lowest", "be > 0", self.lowest, f"type {key}.lowest=1e-7")
+        require(
+            self.highest > self.lowest,
+            f"{key}.highest",
+            f"be above {key}.lowest={self.lowest}",
+            self.highest,
+            f"type {key}.highest={self.lowest * 1e6:g}",
+        )
+        require(
+            self.num_steps >= 10,
+            f"{key}.num_steps",
+            "be >= 10",
+            self.num_steps,
+            f"type {key}.num_steps=100",
+        )
+        require(
+            0 <= self.smoothing < 1,
+            f"{key}.smoothing",
+            "be from 0 to below 1",
+            self.smoothing,
+            f"type {key}.smoothing=0.9",
+        )
+        require(
+            self.divergence > 0,
+            f"{key}.divergence",
+            "be > 0",
+            self.divergence,
+            f"type {key}.divergence=4",
+        )
+
+
+@dataclass(kw_only=True)
+class Tuner:
+    """The finders of a run: those that are not null run before it, batch size first."""
+
+    batch_size: BatchSize | None = None
+    lr: LearningRate | None = None
+    milestones: list[int] = MISSING
+    """Epochs, > 0, at whose start the learning rate is searched again, inside the fit."""
+    cache: str | None = MISSING
+    """Folder of the answers of all runs; null = search in every new run."""
+
+    def __post_init__(self) -> None:
+        rising = list(self.milestones) == sorted(set(self.milestones))
+        require(
+            rising and all(epoch > 0 for epoch in self.milestones),
+            "tuner.milestones",
+            "be rising epochs > 0",
+            list(self.milestones),
+            "type 'tuner.milestones=[5,10]'",
+        )
+        require(
+            not self.milestones or self.lr is not None,
+            "tuner.milestones",
+            "have the keys of tuner.lr",
+            list(self.milestones),
+            "use tuner=milestones",
+        )
+
+
+PRESETS = dict.fromkeys(("batch_size", "lr_find", "full", "milestones"), Tuner)

@@ -1,0 +1,1 @@
+"""Finders: from a configuration to the values it should have."""

@@ -1,0 +1,85 @@
+"""Answers that are kept: `tuned.yaml` in a run's folder, and a cache by what decides them."""
+
+import fcntl
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from app.cli import Refused
+from app.folder import write_atomically
+
+NAME = "tuned.yaml"
+DECIDING = ("model", "data", "optimizer", "accumulate", "clip", "averaging", "precision", "tuner",
+            "seed")  # fmt: skip
+"""Groups whose settings decide what a finder answers; the schedule is built from the answer."""
+
+
+def read_tuned(path: Path) -> dict[str, Any]:
+    """The overrides in a `tuned.yaml`, or in the one of a folder; the suffix may be left out.
+
+    Raises Refused where there is none.
+    """
+    candidates = (path, path.with_name(f"{path.name}.yaml"), path / NAME)
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
+        raise Refused(
+            f"tuned must be a {NAME} that a tuner wrote, got {path}; type "
+            "tuned=runs/NAME/tuned.yaml"
+        )
+    content = OmegaConf.to_container(OmegaConf.load(found))
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content["overrides"].items()}
+
+
+def recalled(config: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
+    """Overrides found before: of `tuned`, or of an earlier command of the run in the folder."""
+    if config["tuned"] is not None:
+        return read_tuned(Path(config["tuned"]))
+    if config["tuner"] is not None and (folder / NAME).exists():
+        return read_tuned(folder / NAME)
+    return None
+
+
+def write_tuned(path: Path, overrides: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+    """Keep the overrides and where they are from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"overrides": dict(overrides), "provenance": dict(provenance)}
+    head = "# Found by a tuner. Use it again with tuned=PATH_OF_THIS_FILE.\n"
+    write_atomically(path, head + OmegaConf.to_yaml(OmegaConf.create(content)))
+
+
+def cache_key(config: Mapping[str, Any], *, device: str) -> str:
+    """Of everything that decides the answers: settings, the user's source, versions, device."""
+    decides = {
+        **{group: config[group] for group in DECIDING},
+        "threads": config["trainer"]["threads"],
+        "source": [_source(config[group]["_target_"]) for group in ("model", "data")],
+        "device": device,
+    }
+    text = json.dumps(decides, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def searching(path: Path) -> Iterator[None]:
+    """Hold the answer for this process: others that want it wait, and then find it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _source(target: str) -> str:
+    """A digest of the module that a class stands in: an answer does not outlive its model."""
+    module = import_module(target.rpartition(".")[0])
+    try:
+        return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+    except (OSError, TypeError):
+        return ""

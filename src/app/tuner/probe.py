@@ -1,0 +1,94 @@
+"""A throwaway run: what the fit will run, for a few optimizer steps, without a trace."""
+
+import gc
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from app.build import Run, build
+
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA, HIP (ROCm), XPU, MPS
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+)
+"""What drivers say, in lower case, where torch does not raise its own OutOfMemoryError."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        text in str(error).lower() for text in OUT_OF_MEMORY
+    )
+
+
+def throwaway(
+    config: Mapping[str, Any],
+    *,
+    num_steps: int | None,
+    validates: bool,
+    callbacks: Sequence[pl.Callback],
+) -> Run:
+    """Build a run of `num_steps` optimizer steps (None: without an end) that leaves no file.
+
+    The techniques are those of the fit; an average starts at once, for its memory counts, and an
+    accumulation schedule stays at its first factor. Loggers, checkpoints, the callbacks of the
+    configuration and its schedule of the learning rate are off.
+    """
+    changed = {
+        **config,
+        "scheduler": None,
+        "logger": None,
+        "callbacks": None,
+        "accumulate": _at_its_start(config["accumulate"]),
+        "averaging": _at_once(config["averaging"]),
+        "trainer": {
+            **config["trainer"],
+            "max_epochs": None,
+            "max_steps": num_steps,
+            "max_minutes": None,
+            "limit_train_batches": None,
+            "limit_val_batches": 1 if validates else 0,
+            "val_check_interval": 1.0,
+            "check_val_every_n_epoch": 1,
+            "num_sanity_val_steps": 0,
+        },
+    }
+    return build(changed, callbacks)
+
+
+def free(run: Run | None) -> None:
+    """Give the memory of a throwaway run back to the device."""
+    if run is not None:
+        for optimizer in run.trainer.optimizers:
+            optimizer.state.clear()
+            optimizer.zero_grad()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _at_its_start(accumulate: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if accumulate is None or "starts" not in accumulate:
+        return None if accumulate is None else dict(accumulate)
+    return {
+        "_target_": "app.accumulate.ConstantAccumulation",
+        "factor": accumulate["factors"][0],
+        "weight_by": accumulate["weight_by"],
+    }
+
+
+def _at_once(averaging: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The average as it will be later in the run: started, and at the configured rate."""
+    if averaging is None:
+        return None
+    started = {"start_step": 0, "start_epoch": None, "start": None, "every_n_steps": 1,
+               "lr": None, "bn_batches": None, "validate": "averaged"}  # fmt: skip
+    return {key: started.get(key, value) for key, value in averaging.items()}
