@@ -28,10 +28,13 @@ Measured = tuple[float, Callable[[], None] | None]
 
 def total_norm(grads: list[Tensor], norm_type: float) -> Tensor:
     """The p-norm over all elements of all tensors, a scalar on the first one's device."""
-    if norm_type == math.inf and all(grad.is_cpu for grad in grads):
-        # 15 times faster there than vector_norm
+    if not all(grad.is_cpu for grad in grads):
+        return get_total_norm(grads, norm_type)
+    if norm_type == math.inf:  # 15 times faster than vector_norm
         return torch.stack([end for grad in grads for end in torch.aminmax(grad)]).abs().amax()
-    return get_total_norm(grads, norm_type)
+    # get_total_norm without its grouping by device: as slow as the norm of a small model
+    norms = torch._foreach_norm(grads, norm_type)
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
 
 
 def scale_to_(grads: list[Tensor], norm: float, bound: float) -> None:

@@ -156,14 +156,14 @@ class Averaging(pl.Callback, ABC):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        epoch = trainer.current_epoch
         if self._stepped:
             self._stepped, self._moved = False, True
             self._num_steps += 1
-            if self.should_update(step=self._num_steps - 1, epoch=epoch, epoch_end=False):
+            step, epoch = self._num_steps - 1, trainer.current_epoch
+            if self.should_update(step=step, epoch=epoch, epoch_end=False):
                 self._update(pl_module)
         if trainer.is_last_batch or _stops_here(trainer):
-            self._end_epoch(epoch, pl_module)
+            self._end_epoch(trainer.current_epoch, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._raw_metrics = {}

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
 
 BELOW_MINIMUM = 3.0
 """`slope` stays this factor below the learning rate of the smallest loss."""
 FEWEST = 10
-"""Points below which nothing is concluded."""
+"""Points below which nothing is concluded; a sweep has at least as many."""
 CLEAR = 3.0
 """Standard errors by which the loss must have fallen."""
 AGREE_DECADES = 1.0
@@ -57,6 +58,15 @@ def smooth(losses: Sequence[float], *, beta: float) -> list[float]:
     return smoothed
 
 
+def beta_for(num_steps: int) -> float:
+    """The `beta` at which a twentieth of the sweep counts; >= 0.5, for 10 steps.
+
+    So twice the steps are twice the precision, and do not move the suggestion by the lag.
+    """
+    assert num_steps >= FEWEST, num_steps
+    return 1 - 5 / num_steps
+
+
 def diverged(losses: Sequence[float], *, beta: float, factor: float) -> bool:
     """Whether to stop after these losses, as recorded, not smoothed: once after each step.
 
@@ -70,7 +80,7 @@ def diverged(losses: Sequence[float], *, beta: float, factor: float) -> bool:
     if len(losses) < FEWEST:
         return False
     smoothed = smooth(losses, beta=beta)
-    low = _lowest(smoothed)
+    _, low = _first_and_lowest(smoothed)
     first_half = losses[: len(losses) // 2]
     seen = max(max(first_half) - min(first_half), max(smoothed[: low + 1]) - smoothed[low])
     return smoothed[-1] - smoothed[low] > factor * seen
@@ -82,10 +92,10 @@ def diverged(losses: Sequence[float], *, beta: float, factor: float) -> bool:
 def slope(lrs: Sequence[float], smoothed: Sequence[float]) -> float | None:
     """Where the loss falls fastest in log10(lr), before its minimum, at most a third of its lr.
 
-    The first tenth, where the smoothed loss is still mostly noise, is left out. Without these
-    bounds the steepest fall may be one that follows a divergence.
+    Without these bounds the steepest fall may be one that follows a divergence. The constant was
+    chosen by the study; the search in log10(lr) is that of arXiv 1803.09820's plots.
     """
-    first, low = len(smoothed) // 10, _lowest(smoothed)
+    first, low = _first_and_lowest(smoothed)
     if low <= first:
         return None
     steepest_at = first + int(np.argmin(_slopes(lrs, smoothed)[first : low + 1]))
@@ -112,8 +122,8 @@ def valley(lrs: Sequence[float], smoothed: Sequence[float]) -> float | None:
 
 def minimum(lrs: Sequence[float], smoothed: Sequence[float]) -> float | None:
     """A tenth of the learning rate at the smallest loss; fastai's `minimum`."""
-    low = _lowest(smoothed)
-    return lrs[low] / 10 if low > 0 else None
+    first, low = _first_and_lowest(smoothed)
+    return lrs[low] / 10 if low > first else None
 
 
 def steepest(lrs: Sequence[float], smoothed: Sequence[float]) -> float | None:
@@ -135,16 +145,17 @@ RULES: dict[str, Rule] = {
 """By the name that a config gives; the best first."""
 
 
-def _lowest(smoothed: Sequence[float]) -> int:
-    return int(np.argmin(np.asarray(smoothed)))
+def _first_and_lowest(smoothed: Sequence[float]) -> tuple[int, int]:
+    """Where to begin to look, and the smallest loss from there on.
+
+    In the first tenth the mean is over few losses: its smallest value there is a lucky batch.
+    """
+    first = len(smoothed) // 10
+    return first, first + int(np.argmin(smoothed[first:]))
 
 
-def _slopes(
-    lrs: Sequence[float], smoothed: Sequence[float]
-) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-    slopes: np.ndarray[tuple[int], np.dtype[np.float64]] = np.gradient(
-        np.asarray(smoothed, dtype=np.float64), np.log10(lrs)
-    )
+def _slopes(lrs: Sequence[float], smoothed: Sequence[float]) -> NDArray[np.float64]:
+    slopes: NDArray[np.float64] = np.gradient(np.asarray(smoothed), np.log10(lrs))
     return slopes
 
 
@@ -166,24 +177,24 @@ class Suggestion:
     doubt: str | None
 
 
-def suggest(lrs: Sequence[float], losses: Sequence[float], *, rule: str, beta: float) -> Suggestion:
+def suggest(lrs: Sequence[float], losses: Sequence[float], *, rule: str) -> Suggestion:
     """Judge the curve of a range test.
 
     Args:
-        lrs: the whole sweep, or as much of it as there are losses.
+        lrs: the whole sweep, of at least 10 steps.
         losses: as recorded, not smoothed; fewer than `lrs` where the test was stopped. All from the
             first NaN or infinite one on are left out.
         rule: a name in RULES.
-        beta: of `smooth`.
     """
+    beta = beta_for(len(lrs))
     finite = next((n for n, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
     visited, kept = lrs[:finite], losses[:finite]
     smoothed = smooth(kept, beta=beta)
     by_rule = {name: f(visited, smoothed) if kept else None for name, f in RULES.items()}
+    doubt = _doubt(lrs, kept, smoothed, by_rule, rule)
     lr = by_rule[rule]
-    doubt = _doubt(lrs, kept, smoothed, by_rule, rule, beta)
     if doubt is not None and lr is not None:
-        doubt += f", or tuner.lr.on_doubt=use to train with {lr:.2g} all the same"
+        doubt += f"; to train with {lr:.2g} all the same, type tuner.lr.on_doubt=use"
     return Suggestion(lr=lr, by_rule=by_rule, doubt=doubt)
 
 
@@ -193,50 +204,51 @@ def _doubt(
     smoothed: Sequence[float],
     by_rule: dict[str, float | None],
     rule: str,
-    beta: float,
 ) -> str | None:
+    lower = f"type tuner.lr.lowest={lrs[0] / 1000:.2g}"
+    higher = f"type tuner.lr.highest={lrs[-1] * 100:.2g}"
+    more = f"type tuner.lr.num_steps={4 * len(lrs)}"
     if len(losses) < FEWEST:
         return (
-            f"the loss is not finite from step {len(losses)} on, at a learning rate of "
-            f"{lrs[min(len(losses), len(lrs) - 1)]:.2g}; type tuner.lr.lowest={lrs[0] / 1000:.2g}"
+            f"the loss is NaN or infinite at step {len(losses)} already, at a learning rate of "
+            f"{lrs[len(losses)]:.2g}; {lower}"
         )
-    low, first = _lowest(smoothed), len(losses) // 10
+
+    first, low = _first_and_lowest(smoothed)
     start = float(np.mean(losses[:first]))
-    noise = _noise(losses[: max(low + 1, FEWEST)])
-    error = noise * math.sqrt(1 / first + (1 - beta) / (1 + beta))
+    beta = beta_for(len(lrs))
+    noise = _noise(losses[: max(low + 1, len(losses) // 2)])
+    error = CLEAR * noise * math.sqrt(1 / first + (1 - beta) / (1 + beta))  # of two means
     fall = start - smoothed[low]
-    rise = smoothed[-1] - start
-    if (low <= first or fall <= CLEAR * error) and rise > max(CLEAR * error, 0.0):
+    if low == first or fall <= error:
+        if float(np.mean(losses[first : 2 * first])) - start > error:
+            return f"the loss only rises, from a learning rate of {lrs[0]:.2g} on; {lower}"
+        if len(losses) < len(lrs) or smoothed[-1] - start > error:
+            return (
+                f"the loss does not fall clearly before it rises: by {max(fall, 0.0):.2g}, and it "
+                f"varies by {noise:.2g} from step to step; {more} or train with larger batches"
+            )
         return (
-            f"the loss only rises from a learning rate of {lrs[0]:.2g} on; "
-            f"type tuner.lr.lowest={lrs[0] / 1000:.2g}"
-        )
-    if low <= first or fall <= CLEAR * error:
-        return (
-            f"the loss falls by {max(fall, 0.0):.2g} only, and varies by {noise:.2g} from step to "
-            f"step; type tuner.lr.num_steps={4 * len(lrs)} or tuner.lr.highest={lrs[-1] * 10:.2g}"
+            f"the loss hardly changes up to a learning rate of {lrs[len(losses) - 1]:.2g}; {higher}"
         )
     if low == len(lrs) - 1:
-        return (
-            f"the loss still falls at the highest learning rate, {lrs[-1]:.2g}; "
-            f"type tuner.lr.highest={lrs[-1] * 100:.2g}"
-        )
+        return f"the loss still falls at the highest learning rate, {lrs[-1]:.2g}; {higher}"
+
     lr = by_rule[rule]
     if lr is None:
-        return f"the rule {rule} has no answer; type tuner.lr.rule=slope"
+        return f"the rule {rule} has no answer on this curve; type tuner.lr.rule=slope"
     if lr <= lrs[first]:
-        return (
-            f"the loss falls fastest at the lowest learning rates, at {lr:.2g}; "
-            f"type tuner.lr.lowest={lrs[0] / 1000:.2g} or tuner.lr.num_steps={4 * len(lrs)}"
-        )
+        return f"the loss falls fastest at the lowest learning rates, at {lr:.2g}; {lower}"
     usual = 10 ** median(math.log10(found) for found in by_rule.values() if found is not None)
     if abs(math.log10(lr / usual)) > AGREE_DECADES:
-        named = ", ".join(f"{name} {found:.2g}" for name, found in by_rule.items() if found)
-        return f"the rules disagree ({named}); type tuner.lr.num_steps={4 * len(lrs)}"
+        said = ", ".join(f"{name} {found:.2g}" for name, found in by_rule.items() if found)
+        return f"the rules disagree by more than a decade ({said}); {more}"
     return None
 
 
 def _noise(losses: Sequence[float]) -> float:
-    """Standard deviation of what is not trend, from the second differences, whose median is
-    0.6745 * sqrt(6) times as much for a normal one."""
+    """Standard deviation of the losses about their trend, from the second differences.
+
+    Those of a normal one have a median, without sign, of 0.6745 * sqrt(6) times it.
+    """
     return float(np.median(np.abs(np.diff(losses, 2)))) / (0.6745 * math.sqrt(6))

@@ -195,15 +195,20 @@ def steps_of_model(bracket: Bracket, init_val: int, capacity_bytes: int) -> Iter
 
 
 def steps_below_capacity(bracket: Bracket, init_val: int, capacity_bytes: int) -> Iterator[int]:
-    """Upward, each size predicted to fit from those that did; ends where the next is not."""
+    """Upward, each size predicted to fit from those that did; ends where the next is not.
+
+    After the first that fits half of it is tried, for a slope.
+    """
     yield bracket.at_most(init_val)
     while bracket.low < 0:
         yield bracket.middle
-    while True:
+    if bracket.low > 0:
+        bracket.run(bracket.sizes[bracket.at_most(bracket.size // 2)])
+    while not bracket.exhausted:
         index = bracket.at_most(safe_size(bracket.fitting(), capacity_bytes))
         if index <= bracket.low:
             return
-        yield bracket.within(index)
+        yield index if index < bracket.high else bracket.middle
 
 
 def predicted_size(fitting: list[Trial], capacity_bytes: int) -> float:
@@ -221,16 +226,15 @@ def predicted_size(fitting: list[Trial], capacity_bytes: int) -> float:
 
 
 def safe_size(fitting: list[Trial], capacity_bytes: int) -> float:
-    """Up to which size memory will be enough, unless more than half of it is fixed below a kink.
+    """Up to which size memory will be enough: SAFE_SHARE of it, and SAFE_GROWTH times the last.
 
-    The line is at least as steep as that of memory half of which is proportional to the size: on
-    the flat part, where the optimizer step is the peak, the peaks so far show no slope. Meets
-    SAFE_SHARE of the capacity, up to SAFE_GROWTH times the last size.
+    Not along the line alone: below a kink, where the optimizer step is the peak, it is flat. There
+    the peak is taken for at most half fixed; that of a single trial, for not fixed at all.
     """
     last, peak = fitting[-1].size, peak_of(fitting[-1])
-    slope = max(peak, 1) / last / 2
+    slope = max(peak, 1) / last
     if len(fitting) > 1:
-        slope = max(slope, slope_below(fitting))
+        slope = max(slope / 2, slope_below(fitting))
     return min(last + (SAFE_SHARE * capacity_bytes - peak) / slope, SAFE_GROWTH * last)
 
 
@@ -279,15 +283,16 @@ def search_batch_size(
             peak memory, which the device must report; exact like binsearch in half the trials).
         init_val: first size tried, >= 1; where it does not fit, smaller ones are.
         max_val: largest size tried, >= 1.
-        num_samples: of the data set on one rank, >= 1: no size is larger. None: not known.
-        divisors_of: only divisors of this number are sizes. None: all are.
+        num_samples: of the data set of one rank, >= 1: no size is larger. None: no bound.
+        divisors_of: the batch of one rank that micro-batches must add up to: only its divisors are
+            sizes. None: all are.
         max_trials: most sizes tried, >= 1; None for no bound. The answer may then be too small.
         margin: share taken off the size found, in [0, 1). The size left need not have run itself.
         capacity_bytes: memory that a trial may use; None where it is not known.
         goal: largest, or fastest: the smallest size tried whose speed is within 3 % of the best,
             after some smaller ones were tried too.
         provoke: whether running out of memory is survived. False: only sizes predicted to fit are
-            tried after the first, which may leave a tenth of the memory unused; needs mode model.
+            tried after the first, which may leave memory unused; needs mode model.
 
     Raises:
         ValueError: not even 1 fits, or no size tried within `max_trials`; mode model without
@@ -365,7 +370,8 @@ def fastest_size(bracket: Bracket, *, sizes: Sequence[int], largest: int) -> int
             break
     speeds = candidates()
     best = max(speeds.values(), default=0.0)
-    return min((size for size, speed in speeds.items() if speed >= NEAR_BEST * best), default=1)
+    near_best = (size for size, speed in speeds.items() if speed >= NEAR_BEST * best)
+    return min(near_best, default=largest)
 
 
 def _nothing_fits(bracket: Bracket) -> str:
