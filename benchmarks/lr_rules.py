@@ -310,7 +310,9 @@ def show(title: str, cases: dict[str, list[Case]]) -> None:
 
 def _summary(cases: list[Case], rule: str) -> str:
     ratios = [case.ratios[rule] for case in cases]
-    return f"{median(ratios):.2f} / {max(ratios):.2f}"
+    return " / ".join(
+        f"{ratio:.2f}" if ratio < 100 else ">100" for ratio in (median(ratios), max(ratios))
+    )
 
 
 def main() -> None:

@@ -58,6 +58,13 @@ class Train:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", "be >= 0", self.seed, "type seed=42")
+        require(
+            self.fit or self.tuner is not None,
+            "fit",
+            "be true where tuner is off",
+            self.fit,
+            "use tuner=full",
+        )
         for rule in RULES:
             if rule.is_broken(self):
                 raise ValueError(rule.message(self))
@@ -122,10 +129,6 @@ BY_LENGTH = ("app.optim.WarmupDecay", "app.optim.OneCycle")
 """Schedules that are laid out over the whole run."""
 
 RULES = (
-    Rule(
-        lambda run: not run.fit and run.tuner is None,
-        lambda run: "fit=false leaves nothing to do: tuner is off; use tuner=full, or fit=true",
-    ),
     Rule(
         lambda run: run.scheduler is not None and run.optimizer is None,
         lambda run: (
@@ -233,6 +236,16 @@ class Evaluate:
     """best, last, or the path of a checkpoint."""
     overrides: list[str] = MISSING
     """Changes to the configuration of the run, such as trainer.accelerator=cpu."""
+    tuner: Any = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.tuner is None or (self.tuner.batch_size is not None and self.tuner.lr is None),
+            "tuner",
+            "be batch_size or none",
+            "a finder of the learning rate",
+            "use tuner=batch_size",
+        )
 
 
 ROOTS = {"train": Train, "evaluate": Evaluate}

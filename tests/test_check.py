@@ -27,6 +27,7 @@ KEYS = {
     ("model=custom",): "model._target_ is required; type model._target_=VALUE",
     ("data=custom", "data._target_=theirs.LitData"): "model.in_features: interpolation key "
     "'data.num_features' not found; type model.in_features=VALUE",
+    ("fit=false",): "fit must be true where tuner is off, got False; use tuner=full",
     ("seed=-1",): "seed must be >= 0, got -1; type seed=42",
     ("trainer.max_epochs=0",): "trainer.max_epochs must be > 0, got 0; for no limit type "
     "trainer.max_epochs=null",
@@ -35,8 +36,6 @@ KEYS = {
     "accumulate.batch_size=896 or accumulate.batch_size=1024",
 }
 COMBINATIONS = {
-    ("fit=false", "tuner=none"): "fit=false leaves nothing to do: tuner is off; use tuner=full, or "
-    "fit=true",
     ("scheduler=cosine", "optimizer=none"): "scheduler needs an optimizer whose rate it sets, and "
     "optimizer=none leaves the model its own; choose an optimizer, or use scheduler=none",
     ("scheduler=cosine", "trainer.max_epochs=null", "trainer.max_minutes=1"): "scheduler needs the "

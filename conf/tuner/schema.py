@@ -144,8 +144,6 @@ class LearningRate:
     """Optimizer steps of the sweep, >= 10."""
     mode: SweepMode = MISSING
     """exponential or linear spacing."""
-    smoothing: float = MISSING
-    """Share that the smoothed loss keeps of itself at each step, 0 to below 1."""
     divergence: float = MISSING
     """Stop where the loss is above its best by this many times the range seen so far, > 0."""
     rule: LrRule = MISSING
@@ -169,13 +167,6 @@ class LearningRate:
             "be >= 10",
             self.num_steps,
             f"type {key}.num_steps=100",
-        )
-        require(
-            0 <= self.smoothing < 1,
-            f"{key}.smoothing",
-            "be from 0 to below 1",
-            self.smoothing,
-            f"type {key}.smoothing=0.9",
         )
         require(
             self.divergence > 0,

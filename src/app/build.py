@@ -56,6 +56,10 @@ def build(config: Mapping[str, Any], extra_callbacks: Sequence[pl.Callback]) -> 
     for technique in techniques:
         if isinstance(technique, Accumulation):
             technique.refuse_manual_optimization(model)
+    if config["tuner"] is not None and config["tuner"]["milestones"]:
+        from app.tuner.milestones import LrAtMilestones  # which builds throwaway runs
+
+        techniques.append(LrAtMilestones(config=config))
     loggers = [_make(logger) for logger in (config["logger"] or {}).values() if logger]
     callbacks = [*techniques, StepMetrics(), resume, *extra_callbacks, *build_callbacks(config)]
     trainer = build_trainer(config, callbacks=callbacks, loggers=loggers)

@@ -33,8 +33,9 @@ def total_norm(grads: list[Tensor], norm_type: float) -> Tensor:
     if norm_type == math.inf:  # 15 times faster than vector_norm
         return torch.stack([end for grad in grads for end in torch.aminmax(grad)]).abs().amax()
     # get_total_norm without its grouping by device: as slow as the norm of a small model
-    norms = torch._foreach_norm(grads, norm_type)
-    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    norms = torch.stack(torch._foreach_norm(grads, norm_type))
+    norm: Tensor = torch.linalg.vector_norm(norms, norm_type)
+    return norm
 
 
 def scale_to_(grads: list[Tensor], norm: float, bound: float) -> None:

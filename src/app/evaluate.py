@@ -7,23 +7,31 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from app import cli
+from app.check import check
 from app.folder import RunFolder, write_json
 from app.imports import importing
+from app.tuner.keys import with_overrides
 
 
 def main(cfg: DictConfig) -> None:
     """Restore a checkpoint of the run and test, validate or predict with it."""
-    OmegaConf.to_object(cfg)
+    settings = check(cfg)
     folder = RunFolder(Path(cfg.run))
     config = folder.read_config()
     if config is None:
         raise cli.Refused(f"run must be the folder of a run, got {cfg.run}: it has no config.yaml")
     changed = OmegaConf.merge(config, OmegaConf.from_dotlist(list(cfg.overrides)))
+    assert isinstance(changed, DictConfig)
+    checkpoint = checkpoint_path(folder, cfg.checkpoint)
+    if settings["tuner"] is not None:
+        with importing():
+            from app.tuner.find import find_eval_batch_size
+        overrides = find_eval_batch_size(
+            changed, settings["tuner"]["batch_size"], stage=settings["stage"]
+        )
+        changed = with_overrides(changed, overrides)
     evaluate(
-        OmegaConf.to_container(changed),
-        folder,
-        stage=cfg.stage.value,
-        checkpoint=checkpoint_path(folder, cfg.checkpoint),
+        OmegaConf.to_container(changed), folder, stage=settings["stage"], checkpoint=checkpoint
     )
 
 

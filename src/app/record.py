@@ -87,8 +87,18 @@ def draw_curves(metrics_csv: Path, png: Path) -> None:
 
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(5 * columns, 3 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flat
+    width, height = 5 * columns, 3 * lines
+    figure = Figure(figsize=(width, height))
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    # inches, by hand: a layout engine draws everything twice
+    figure.subplots_adjust(
+        left=0.6 / width,
+        right=1 - 0.2 / width,
+        bottom=0.5 / height,
+        top=1 - 0.4 / height,
+        wspace=0.2,
+        hspace=0.45,
+    )
     for panel, (title, members) in zip(axes, sorted(panels.items()), strict=False):
         for name in members:
             points = [(row["step"], row[name]) for row in rows if name in row]
@@ -97,7 +107,8 @@ def draw_curves(metrics_csv: Path, png: Path) -> None:
             )
         title = title if len(members) > 1 else members[0]
         panel.set(title=title, xlabel="optimizer step")
-        panel.legend()
-    for panel in list(axes):
+        if len(members) > 1:
+            panel.legend()
+    for panel in axes[len(panels) :]:
         panel.remove()
     figure.savefig(png)

@@ -16,9 +16,9 @@ from app.cli import Refused
 from app.folder import write_atomically
 
 NAME = "tuned.yaml"
-DECIDING = ("model", "data", "optimizer", "accumulate", "clip", "averaging", "precision", "tuner",
-            "seed")  # fmt: skip
-"""Groups whose settings decide what a finder answers; the schedule is built from the answer."""
+DECIDING = ("model", "data", "optimizer", "accumulate", "clip", "averaging", "precision", "tuner")
+"""Groups whose settings decide what a finder answers. Not the schedule, which is built from the
+answer, and not the seed, so that a sweep over seeds searches once."""
 
 
 def read_tuned(path: Path) -> dict[str, Any]:

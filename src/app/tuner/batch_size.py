@@ -8,11 +8,10 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
+from app.build import build_model_and_data, build_trainer
 from app.resume import ResumableLoader, rebuilt
-from app.tuner.probe import free, is_out_of_memory, throwaway
+from app.tuner.probe import fit, is_out_of_memory, release_memory, throwaway
 from app.tuner.search import Trial
-
-Agree = Callable[[bool], bool]
 
 
 def agree_on_smallest(fits: bool) -> bool:
@@ -26,68 +25,74 @@ def agree_on_smallest(fits: bool) -> bool:
 
 
 class Prober:
-    """Runs what the fit will run, at one micro-batch size after another.
+    """Tries one micro-batch size after another; only running out of memory means it does not fit.
 
-    A probe is `steps_per_trial` optimizer steps with their whole accumulation windows, clipping and
-    averaging, then an evaluation step. Only an out-of-memory error means that a size does not fit;
-    any other error is raised. Under several processes each probes by itself, and all take the
-    answer of the rank with the least memory.
+    Any other error is raised. Under several processes each tries by itself, and all take the answer
+    of the rank with the least memory.
 
     Args:
-        steps_per_trial: optimizer steps of a probe, >= 2.
-        memory_fraction: share of the device's memory that a probe may use.
-        with_size: the configuration at a size, all that follows from it resolved anew.
+        attempt: runs a size and returns its samples per second; None where that is not measured.
+        on_gpu: whether the memory of a CUDA or ROCm device is the limit.
+        memory_fraction: share of the device's memory that may be used.
     """
 
     def __init__(
-        self,
-        *,
-        steps_per_trial: int,
-        memory_fraction: float,
-        with_size: Callable[[int], Mapping[str, Any]],
+        self, *, attempt: Callable[[int], float | None], on_gpu: bool, memory_fraction: float
     ) -> None:
-        self._steps_per_trial = steps_per_trial
-        self._memory_fraction = memory_fraction
-        self._with_size = with_size
-
-    @property
-    def capacity_bytes(self) -> int | None:
-        """Memory of the device that may be used; None where the device does not report it."""
-        if not torch.cuda.is_available():
-            return None
-        total: int = torch.cuda.mem_get_info()[1]
-        return int(total * self._memory_fraction)
+        self._attempt = attempt
+        self._on_gpu = on_gpu
+        self.capacity_bytes: int | None = None
+        if on_gpu:
+            self.capacity_bytes = int(torch.cuda.mem_get_info()[1] * memory_fraction)
 
     def __call__(self, size: int) -> Trial:
-        """Probe one size."""
-        run, seconds, peak = None, 0.0, None
-        timer = StepTimer()
+        """Try one size."""
+        rate, peak = None, None
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         try:
-            run = throwaway(
-                self._with_size(size),
-                num_steps=self._steps_per_trial,
-                validates=True,
-                callbacks=[timer, LongestFirst()],
-            )
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
-            run.trainer.fit(run.model, datamodule=run.data)
+            rate = self._attempt(size)
             fits = True
-            seconds = timer.seconds
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             fits = False
-        finally:
-            if torch.cuda.is_available():
-                peak = torch.cuda.max_memory_reserved()
-            free(run)
-        capacity = self.capacity_bytes
-        if peak is not None and capacity is not None and peak > capacity:
-            fits = False
+        if self._on_gpu:
+            peak = torch.cuda.max_memory_reserved()
+            fits = fits and (self.capacity_bytes is None or peak <= self.capacity_bytes)
+        release_memory()
         fits = agree_on_smallest(fits)
-        rate = size * timer.num_batches / seconds if fits and seconds > 0 else None
-        return Trial(size=size, fits=fits, peak_bytes=peak if fits else None, samples_per_s=rate)
+        return Trial(
+            size=size,
+            fits=fits,
+            peak_bytes=peak if fits else None,
+            samples_per_s=rate if fits else None,
+        )
+
+
+def try_fit(config: Mapping[str, Any], *, size: int, num_steps: int) -> float | None:
+    """Run what the fit will run at this micro-batch; returns the samples per second.
+
+    `num_steps` optimizer steps, >= 2, with their whole accumulation windows, clipping and
+    averaging, then an evaluation step.
+    """
+    timer = StepTimer()
+    run = throwaway(config, num_steps=num_steps, validates=True, callbacks=[timer, LongestFirst()])
+    fit(run)
+    return size * timer.num_batches / timer.seconds if timer.seconds > 0 else None
+
+
+def try_evaluation(config: Mapping[str, Any], *, stage: str) -> None:
+    """Run one batch of an evaluation: test, validate or predict."""
+    model, data = build_model_and_data(config)
+    trainer = build_trainer(config, callbacks=[], loggers=[])
+    trainer.limit_test_batches = trainer.limit_val_batches = trainer.limit_predict_batches = 1
+    if stage == "predict":
+        trainer.predict(model, datamodule=data)
+    elif stage == "test":
+        trainer.test(model, datamodule=data, verbose=False)
+    else:
+        trainer.validate(model, datamodule=data, verbose=False)
 
 
 class StepTimer(pl.Callback):

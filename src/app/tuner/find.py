@@ -1,7 +1,8 @@
 """The finders: from a configuration to overrides, by way of throwaway runs."""
 
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,29 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from app.build import build_model_and_data
 from app.check import check
+from app.cli import Refused
 from app.tuner.answers import cache_key, read_tuned, searching, write_tuned
-from app.tuner.batch_size import Prober
-from app.tuner.keys import BATCH_SIZE_KEYS, LR_KEYS, tuned_key, typed, value_at, with_overrides
+from app.tuner.batch_size import Prober, try_evaluation, try_fit
+from app.tuner.keys import (
+    BATCH_SIZE_KEYS,
+    EVAL_BATCH_SIZE_KEYS,
+    LR_KEYS,
+    tuned_key,
+    typed,
+    value_at,
+    with_overrides,
+)
 from app.tuner.lr import range_test
 from app.tuner.lr_rules import suggest
 from app.tuner.plots import draw_batch_size, draw_lr
-from app.tuner.search import Trial, search_batch_size
+from app.tuner.search import Answer, Trial, search_batch_size
+
+LARGEST = 8192
+"""Where a search ends that neither a key nor the data bounds."""
 
 
 def find(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -59,35 +72,106 @@ def _search(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         "torch": str(torch.__version__),
     }
     for finder in (find_batch_size, find_lr):
-        found, about = finder(with_overrides(cfg, overrides), folder)
+        found, about, complete = finder(with_overrides(cfg, overrides), folder)
         overrides |= found
         provenance |= about
+        if not complete:
+            path = folder / "tuned_so_far.yaml"
+            write_tuned(path, overrides, provenance)
+            print(f"tuner: interrupted; so far {typed(overrides)}  (in {path})", flush=True)
+            raise SystemExit(128 + signal.SIGINT)
     write_tuned(folder / "tuned.yaml", overrides, provenance)
     print(f"tuner: {typed(overrides) or 'no change'}", flush=True)
     return overrides
 
 
-def find_batch_size(cfg: DictConfig, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+Found = tuple[dict[str, Any], dict[str, Any], bool]
+"""Overrides, what was measured, and whether the search came to its end."""
+
+
+def find_batch_size(cfg: DictConfig, folder: Path) -> Found:
     """The micro-batch; nothing where its finder is off."""
     config = check(cfg)
     settings = config["tuner"]["batch_size"]
     if settings is None:
-        return {}, {}
+        return {}, {}, True
     key = tuned_key(
         config,
         chosen=settings["key"],
         candidates=BATCH_SIZE_KEYS,
         setting="tuner.batch_size.key",
     )
-    prober = Prober(
-        steps_per_trial=settings["steps_per_trial"],
-        memory_fraction=settings["memory_fraction"],
-        with_size=lambda size: check(with_overrides(cfg, {key: size})),
+    bound, why = largest_allowed(config, settings)
+    world_size = config["trainer"]["devices"]
+    target = value_at(config, "accumulate.batch_size")
+    answer = search(
+        lambda size: try_fit(
+            check(with_overrides(cfg, {key: size})),
+            size=size,
+            num_steps=settings["steps_per_trial"],
+        ),
+        settings=settings,
+        key=key,
+        bound=bound,
+        divisors_of=None if target is None else target // world_size,
+        on_gpu=device_name(config) != "cpu",
     )
-    capacity = prober.capacity_bytes
+    reason = why if answer.size == bound else answer.reason
+    print(f"tuner: {key}={answer.size}: {reason}", flush=True)
+    draw_batch_size(answer, key=key, path=folder / "batch_size")
+    about = {"batch_size": {"trials": len(answer.trials), "reason": reason}}
+    return {key: answer.size}, about, answer.complete
+
+
+def find_eval_batch_size(
+    cfg: DictConfig, settings: Mapping[str, Any], *, stage: str
+) -> dict[str, Any]:
+    """The largest batch of an evaluation that fits, for the configuration of a trained run."""
+    config = plain(cfg)
+    key = tuned_key(
+        config,
+        chosen=settings["key"],
+        candidates=EVAL_BATCH_SIZE_KEYS,
+        setting="tuner.batch_size.key",
+    )
+    answer = search(
+        lambda size: try_evaluation(plain(with_overrides(cfg, {key: size})), stage=stage),
+        settings=settings,
+        key=key,
+        bound=settings["max_val"] or LARGEST,
+        divisors_of=None,
+        on_gpu=device_name(config) != "cpu",
+    )
+    print(f"tuner: {key}={answer.size}: {answer.reason}", flush=True)
+    return {key: answer.size}
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration of a trained run as plain containers."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    return {str(name): value for name, value in config.items()}
+
+
+def search(
+    attempt: Callable[[int], float | None],
+    *,
+    settings: Mapping[str, Any],
+    key: str,
+    bound: int,
+    divisors_of: int | None,
+    on_gpu: bool,
+) -> Answer:
+    """Search as the settings of `tuner.batch_size` say; prints each trial."""
+    prober = Prober(attempt=attempt, on_gpu=on_gpu, memory_fraction=settings["memory_fraction"])
     mode = settings["mode"]
     if mode == "auto":
-        mode = "binsearch" if capacity is None else "model"
+        mode = "binsearch" if prober.capacity_bytes is None else "model"
+    elif mode == "model" and prober.capacity_bytes is None:
+        raise Refused(
+            "tuner.batch_size.mode=model needs a device that reports its memory, and this one does "
+            "not; type tuner.batch_size.mode=binsearch"
+        )
 
     def probe(size: int) -> Trial:
         trial = prober(size)
@@ -97,25 +181,19 @@ def find_batch_size(cfg: DictConfig, folder: Path) -> tuple[dict[str, Any], dict
         print(f"tuner: {key}={size} {fits}{memory}{rate}", flush=True)
         return trial
 
-    bound, why = largest_allowed(config, settings)
-    answer = search_batch_size(
+    return search_batch_size(
         probe,
         mode=mode,
         init_val=min(settings["init_val"], bound),
         max_val=bound,
-        num_samples=None,  # in the bound
-        divisors_of=value_at(config, "accumulate.batch_size"),
+        num_samples=None,  # is in the bound
+        divisors_of=divisors_of,
         max_trials=settings["max_trials"],
         margin=settings["margin"],
-        capacity_bytes=capacity,
+        capacity_bytes=prober.capacity_bytes,
         goal=settings["goal"],
         provoke=True,
     )
-    reason = why if answer.size == bound else answer.reason
-    print(f"tuner: {key}={answer.size}: {reason}", flush=True)
-    draw_batch_size(answer, key=key, path=folder / "batch_size")
-    about = {"batch_size": {"mode": mode, "trials": len(answer.trials), "reason": reason}}
-    return {key: answer.size}, about
 
 
 def largest_allowed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[int, str]:
@@ -133,7 +211,7 @@ def largest_allowed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> t
                 f"tuner.batch_size.min_batches={settings['min_batches']} micro-batches",
             )
         )
-    return min(bounds, default=(8192, "a data set without a length ends the search at 8192"))
+    return min(bounds, default=(LARGEST, f"a search without a bound ends at {LARGEST}"))
 
 
 def num_samples(config: Mapping[str, Any]) -> int | None:
@@ -156,31 +234,34 @@ def num_samples(config: Mapping[str, Any]) -> int | None:
     return max(lengths)
 
 
-def find_lr(cfg: DictConfig, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def find_lr(cfg: DictConfig, folder: Path) -> Found:
     """The learning rate, or one for each key; nothing where its finder is off or in doubt."""
     config = check(cfg)
     settings = config["tuner"]["lr"]
     if settings is None:
-        return {}, {}
+        return {}, {}, True
     chosen = settings["key"]
     several = isinstance(chosen, list)
     overrides: dict[str, Any] = {}
     about: dict[str, Any] = {}
     for position, candidate in enumerate(chosen if several else [chosen]):
         key = tuned_key(config, chosen=candidate, candidates=LR_KEYS, setting="tuner.lr.key")
-        lrs, losses = range_test(
+        lrs, losses, complete = range_test(
             config,
             settings=settings,
             base=float(value_at(config, key)),
             optimizer=position if several else None,
+            from_now=False,
             callbacks=[],
         )
-        found = suggest(lrs, losses, rule=settings["rule"], beta=settings["smoothing"])
+        found = suggest(lrs, losses, rule=settings["rule"])
         name = f"lr_find_{position}" if several else "lr_find"
-        draw_lr(lrs, losses, found, key=key, beta=settings["smoothing"], path=folder / name)
+        draw_lr(lrs, losses, found, key=key, path=folder / name)
         if found.doubt is not None:
             print(f"tuner: {key}: {found.doubt}", flush=True)
         if found.lr is not None and (found.doubt is None or settings["on_doubt"] == "use"):
             overrides[key] = float(f"{found.lr:.3g}")
         about[f"lr {key}"] = {"steps": len(losses), "rules": found.by_rule, "doubt": found.doubt}
-    return overrides, about
+        if not complete:
+            return overrides, about, False
+    return overrides, about, True

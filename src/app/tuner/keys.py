@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from app.cli import Refused
 
 BATCH_SIZE_KEYS = ("data.batch_size", "model.batch_size")
+EVAL_BATCH_SIZE_KEYS = ("data.eval_batch_size", *BATCH_SIZE_KEYS)
 LR_KEYS = ("optimizer.lr", "model.lr", "model.learning_rate")
 
 

@@ -7,8 +7,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from app.tuner.lr_rules import diverged, sweep
-from app.tuner.probe import free, throwaway
+from app.tuner.lr_rules import beta_for, diverged, sweep
+from app.tuner.probe import fit, release_memory, throwaway
+
+FEWEST = 10
+"""Steps of an interrupted sweep that still make a curve."""
+
+MOST_OPTIMIZERS = 8
+"""A bound for the trainer, which counts the steps of all optimizers; the sweep ends the fit."""
 
 
 class Sweep(pl.Callback):
@@ -20,9 +26,9 @@ class Sweep(pl.Callback):
     Args:
         rates: learning rates of the tuned key, one for each optimizer step.
         base: the value that the tuned key has now, > 0.
-        smoothing: of the loss that divergence is judged by, 0 to below 1.
         divergence: how many times the range seen so far the loss may rise above its best.
         optimizer: position of the optimizer that is swept; None sweeps all.
+        from_now: whether `base` is the rate of this moment, not the configured one.
     """
 
     def __init__(
@@ -30,24 +36,24 @@ class Sweep(pl.Callback):
         *,
         rates: Sequence[float],
         base: float,
-        smoothing: float,
         divergence: float,
         optimizer: int | None,
+        from_now: bool,
     ) -> None:
         self.rates = list(rates)
         self.losses: list[float] = []
         self._base = base
-        self._smoothing = smoothing
         self._divergence = divergence
         self._optimizer = optimizer
+        self._from_now = from_now
         self._initial: list[list[float]] = []
         self._window: list[torch.Tensor] = []
         self._global_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._initial = [
-            [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
-            for optimizer in trainer.optimizers
+            [float(group["lr"] if self._from_now else configured_lr(group)) for group in groups]
+            for groups in (optimizer.param_groups for optimizer in trainer.optimizers)
         ]
 
     def on_train_batch_start(
@@ -86,9 +92,15 @@ class Sweep(pl.Callback):
             mean = trainer.strategy.reduce(mean, reduce_op="mean")
         self.losses.append(float(mean))
         if len(self.losses) == len(self.rates) or diverged(
-            self.losses, beta=self._smoothing, factor=self._divergence
+            self.losses, beta=beta_for(len(self.rates)), factor=self._divergence
         ):
             trainer.should_stop = True
+
+
+def configured_lr(group: Mapping[str, Any]) -> float:
+    """The learning rate that a parameter group was made with, whatever a schedule made of it."""
+    lr: float = group.get("max_lr", group.get("initial_lr", group["lr"]))
+    return lr
 
 
 def range_test(
@@ -97,9 +109,12 @@ def range_test(
     settings: Mapping[str, Any],
     base: float,
     optimizer: int | None,
+    from_now: bool,
     callbacks: Sequence[pl.Callback],
-) -> tuple[list[float], list[float]]:
-    """All learning rates of a sweep, and the mean losses of its steps up to where it diverged.
+) -> tuple[list[float], list[float], bool]:
+    """All rates of a sweep, the mean losses of its steps up to where it diverged, is it complete.
+
+    Not complete is one that Ctrl-C ended after ten steps; before, KeyboardInterrupt is raised.
 
     Raises ValueError where the first loss is not finite.
     """
@@ -112,22 +127,30 @@ def range_test(
     sweeping = Sweep(
         rates=rates,
         base=base,
-        smoothing=settings["smoothing"],
         divergence=settings["divergence"],
         optimizer=optimizer,
+        from_now=from_now,
     )
     # an average does not touch the loss that is trained on
     run = throwaway(
         {**config, "averaging": None},
-        num_steps=None,
+        num_steps=MOST_OPTIMIZERS * len(rates),
         validates=False,
-        callbacks=[sweeping, *callbacks],
+        callbacks=[*callbacks, sweeping],
     )
-    run.trainer.fit(run.model, datamodule=run.data)
-    free(run)
+    complete = True
+    try:
+        fit(run)
+    except KeyboardInterrupt:
+        if len(sweeping.losses) < FEWEST:
+            raise
+        complete = False
+    finally:
+        del run
+        release_memory()
     if not sweeping.losses or not math.isfinite(sweeping.losses[0]):
         raise ValueError(
             f"tuner.lr needs a finite loss to begin with, got {sweeping.losses[:1]}; look at the "
             "data and the model, or use tuner=none"
         )
-    return rates, sweeping.losses
+    return rates, sweeping.losses, complete

@@ -5,7 +5,8 @@ Everything here is pure: `sweep` says which learning rates, `diverged` when to s
 the curve says. A rule takes the learning rates, ascending and above 0, and the smoothed losses at
 them, and returns a learning rate, or None where the curve has no answer for it.
 
-The constants and the default are those that measure best: benchmarks/lr_rules.py.
+The default and its constants are those that measure best in benchmarks/lr_rules.py, which also
+says how they do on problems that they were not chosen on.
 """
 
 import math
@@ -59,7 +60,7 @@ def smooth(losses: Sequence[float], *, beta: float) -> list[float]:
 
 
 def beta_for(num_steps: int) -> float:
-    """The `beta` at which a twentieth of the sweep counts; >= 0.5, for 10 steps.
+    """The `beta` at which about a fifth of the losses of the sweep count: 0.95 for 100 steps.
 
     So twice the steps are twice the precision, and do not move the suggestion by the lag.
     """
@@ -127,11 +128,12 @@ def minimum(lrs: Sequence[float], smoothed: Sequence[float]) -> float | None:
 
 
 def steepest(lrs: Sequence[float], smoothed: Sequence[float]) -> float | None:
-    """Where the loss falls fastest in log10(lr), anywhere; fastai's `steep`."""
+    """Where the loss falls fastest in log10(lr), also behind its minimum; fastai's `steep`."""
     if len(smoothed) < 2:
         return None
+    first, _ = _first_and_lowest(smoothed)
     slopes = _slopes(lrs, smoothed)
-    fastest = int(np.argmin(slopes))
+    fastest = first + int(np.argmin(slopes[first:]))
     return lrs[fastest] if slopes[fastest] < 0 else None
 
 
@@ -155,7 +157,8 @@ def _first_and_lowest(smoothed: Sequence[float]) -> tuple[int, int]:
 
 
 def _slopes(lrs: Sequence[float], smoothed: Sequence[float]) -> NDArray[np.float64]:
-    slopes: NDArray[np.float64] = np.gradient(np.asarray(smoothed), np.log10(lrs))
+    moved = np.asarray(smoothed) - smoothed[0]  # a constant has a slope of exactly 0
+    slopes: NDArray[np.float64] = np.gradient(moved, np.log10(lrs))
     return slopes
 
 
@@ -190,7 +193,8 @@ def suggest(lrs: Sequence[float], losses: Sequence[float], *, rule: str) -> Sugg
     finite = next((n for n, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
     visited, kept = lrs[:finite], losses[:finite]
     smoothed = smooth(kept, beta=beta)
-    by_rule = {name: f(visited, smoothed) if kept else None for name, f in RULES.items()}
+    enough = finite >= FEWEST
+    by_rule = {name: f(visited, smoothed) if enough else None for name, f in RULES.items()}
     doubt = _doubt(lrs, kept, smoothed, by_rule, rule)
     lr = by_rule[rule]
     if doubt is not None and lr is not None:

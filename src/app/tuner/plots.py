@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from app.tuner.lr_rules import Suggestion, smooth
+from app.tuner.lr_rules import Suggestion, beta_for, smooth
 from app.tuner.search import Answer
 
 
@@ -16,12 +16,11 @@ def draw_lr(
     found: Suggestion,
     *,
     key: str,
-    beta: float,
     path: Path,
 ) -> None:
     """Write `path`.csv (a line per step, then what each rule says) and `path`.png."""
     visited = lrs[: len(losses)]
-    smoothed = smooth(losses, beta=beta)
+    smoothed = smooth(losses, beta=beta_for(len(lrs)))
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["lr", "loss", "smoothed", "rule"])
@@ -52,7 +51,7 @@ def draw_batch_size(answer: Answer, *, key: str, path: Path) -> None:
         for trial in answer.trials:
             writer.writerow([trial.size, trial.fits, trial.peak_bytes, trial.samples_per_s])
     fitting = sorted((t for t in answer.trials if t.fits), key=lambda trial: trial.size)
-    measured = {
+    measured: dict[str, list[tuple[int, float]]] = {
         "samples / s": [(t.size, t.samples_per_s) for t in fitting if t.samples_per_s is not None],
         "peak memory, bytes": [(t.size, t.peak_bytes) for t in fitting if t.peak_bytes is not None],
     }
@@ -62,7 +61,8 @@ def draw_batch_size(answer: Answer, *, key: str, path: Path) -> None:
     figure = Figure(figsize=(6 * len(shown), 4), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False).flat
     for axes, (label, points) in zip(panels, shown.items(), strict=True):
-        axes.plot(*zip(*points, strict=True), marker="o")
+        sizes, values = zip(*points, strict=True)
+        axes.plot(sizes, values, marker="o")
         for trial in answer.trials:
             if not trial.fits:
                 axes.axvline(trial.size, color="C3", linestyle=":")

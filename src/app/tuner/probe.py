@@ -1,6 +1,7 @@
 """A throwaway run: what the fit will run, for a few optimizer steps, without a trace."""
 
 import gc
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,29 +33,32 @@ def is_out_of_memory(error: BaseException) -> bool:
 def throwaway(
     config: Mapping[str, Any],
     *,
-    num_steps: int | None,
+    num_steps: int,
     validates: bool,
     callbacks: Sequence[pl.Callback],
 ) -> Run:
-    """Build a run of `num_steps` optimizer steps (None: without an end) that leaves no file.
+    """Build a run of `num_steps` optimizer steps that leaves no file.
 
     The techniques are those of the fit; an average starts at once, for its memory counts, and an
     accumulation schedule stays at its first factor. Loggers, checkpoints, the callbacks of the
     configuration and its schedule of the learning rate are off.
     """
+    accumulate = _at_its_start(config["accumulate"])
     changed = {
         **config,
         "scheduler": None,
+        "tuner": None,
         "logger": None,
         "callbacks": None,
-        "accumulate": _at_its_start(config["accumulate"]),
+        "accumulate": accumulate,
         "averaging": _at_once(config["averaging"]),
         "trainer": {
             **config["trainer"],
             "max_epochs": None,
             "max_steps": num_steps,
             "max_minutes": None,
-            "limit_train_batches": None,
+            # an evaluation step follows the last batch of an epoch
+            "limit_train_batches": num_steps * _factor(accumulate) if validates else None,
             "limit_val_batches": 1 if validates else 0,
             "val_check_interval": 1.0,
             "check_val_every_n_epoch": 1,
@@ -64,12 +68,17 @@ def throwaway(
     return build(changed, callbacks)
 
 
-def free(run: Run | None) -> None:
-    """Give the memory of a throwaway run back to the device."""
-    if run is not None:
-        for optimizer in run.trainer.optimizers:
-            optimizer.state.clear()
-            optimizer.zero_grad()
+def fit(run: Run) -> None:
+    """Fit a throwaway run. Raises KeyboardInterrupt at Ctrl-C, which Lightning makes an exit."""
+    try:
+        run.trainer.fit(run.model, datamodule=run.data)
+    except SystemExit as stop:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from now on
+        raise KeyboardInterrupt from stop
+
+
+def release_memory() -> None:
+    """Give the memory of a throwaway run that nobody holds any more back to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -83,6 +92,15 @@ def _at_its_start(accumulate: Mapping[str, Any] | None) -> dict[str, Any] | None
         "factor": accumulate["factors"][0],
         "weight_by": accumulate["weight_by"],
     }
+
+
+def _factor(accumulate: Mapping[str, Any] | None) -> int:
+    """Micro-batches of an optimizer step, on one rank."""
+    if accumulate is None:
+        return 1
+    if "factor" in accumulate:
+        return int(accumulate["factor"])
+    return int(accumulate["batch_size"] // accumulate["micro_batch_size"])
 
 
 def _at_once(averaging: Mapping[str, Any] | None) -> dict[str, Any] | None:
