@@ -1,5 +1,6 @@
 """The finders on real runs: their answers are configuration, and they leave nothing behind."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,7 +57,7 @@ def sweep(config: dict[str, Any], **changes: Any) -> tuple[list[float], list[flo
     return rates, losses
 
 
-def test_finders_rng_and_disk_the_run_after_a_search_equals_the_run_with_the_overrides_typed(
+def test_finders_rng_finders_disk_lr_scheduler_the_run_after_a_search_equals_the_run_with_the_overrides_typed(
     composed: Callable[..., DictConfig], found: Callable[..., Any], tmp_path: Path
 ) -> None:
     typed = ("tuner=full", "tuner.cache=null", "scheduler=cosine", "trainer.max_epochs=2",
@@ -290,7 +291,9 @@ def test_lr_milestone_a_search_inside_a_fit_changes_nothing_but_the_rate(
           "accumulate.micro_batch_size=${data.batch_size}"), 9),  # bs-effective
     ],
 )  # fmt: skip
-def test_bs_bounds_hold(found: Callable[..., Any], bounds: tuple[str, ...], size: int) -> None:
+def test_bs_max_bs_dataset_bs_effective_bounds_hold(
+    found: Callable[..., Any], bounds: tuple[str, ...], size: int
+) -> None:
     assert found(*THEIRS, *BATCH, "+data.batch_size=4", *bounds) == {"data.batch_size": size}
 
 
@@ -417,3 +420,85 @@ def test_bs_distributed_all_ranks_take_the_answer_of_the_one_that_runs_out(tmp_p
     assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
     for rank in range(2):
         assert (tmp_path / f"answer{rank}").read_text() == "[True, True, False]"
+
+
+# ----------------------------------------------------------------------------------- whole commands
+
+
+def test_bs_milestone_the_micro_batch_changes_inside_the_fit_and_the_effective_batch_does_not(
+    checked: Callable[..., Any],
+) -> None:
+    config = checked(
+        *THEIRS, *BATCH, "+data.batch_size=4", "accumulate=effective", "accumulate.batch_size=8",
+        "accumulate.micro_batch_size=${data.batch_size}", "tuner.batch_size.max_val=8",
+        "tuner.milestones=[2]", "trainer.max_epochs=3",
+        "model._target_=test_tuner.Grouped",
+    )  # fmt: skip
+    Path(config["run_dir"]).mkdir(exist_ok=True)
+    sizes = Sizes()
+    run = build(config, [sizes])
+    run.trainer.fit(run.model, datamodule=run.data)
+    assert sizes.of_epoch == {0: 4, 1: 4, 2: 8}
+    assert run.trainer.global_step == 3 * 40 // 8
+
+
+class Sizes(Callback):
+    def __init__(self) -> None:
+        self.of_epoch: dict[int, int] = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, index: int) -> None:
+        self.of_epoch[trainer.current_epoch] = len(batch[0])
+
+
+def command(*typed: str, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", *typed], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_finders_resume_a_search_is_made_once_and_its_answer_is_reused(tmp_path: Path) -> None:
+    typed = ("optimizer=adamw", "trainer.max_epochs=1", "tuner.lr.num_steps=60")
+    first = command("app.train", "name=a", "tuner=lr_find", *typed, cwd=tmp_path)
+    line = next(line for line in first.splitlines() if line.startswith("tuner: optimizer.lr="))
+    override = line.removeprefix("tuner: ")
+    # the same run again, as a requeued job would
+    result = tmp_path / "runs/a/result.json"
+    result.write_text(result.read_text().replace('"finished"', '"interrupted"'))
+    again = command("app.train", "name=a", "tuner=lr_find", *typed, cwd=tmp_path)
+    assert "tuner:" not in again
+    assert "continuing from" in again
+    # another run of the same kind, then the file, then the override typed: the same weights
+    assert "(from runs/.tuned/" in command(
+        "app.train", "name=b", "tuner=lr_find", *typed, cwd=tmp_path
+    )
+    command("app.train", "name=c", "+tuned=runs/a/tuned", *typed[:2], cwd=tmp_path)
+    command("app.train", "name=d", override, *typed[:2], cwd=tmp_path)
+    weights = [
+        torch.load(tmp_path / f"runs/{name}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in "abcd"
+    ]
+    for others in weights[1:]:
+        assert all(torch.equal(weights[0][name], others[name]) for name in others)
+    only = command("app.tune", "fit=false", "name=e", "tuner.batch_size.max_val=4", cwd=tmp_path)
+    assert "tuner: data.batch_size=4" in only
+    assert not (tmp_path / "runs/e/checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_the_answer_so_far(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "app.tune", "name=a", "tuner.batch_size.min_batches=1"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("tuner: data.batch_size=16 fits"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 128 + signal.SIGINT, rest
+    assert "tuner: interrupted; so far data.batch_size=" in rest
+    assert read_tuned(tmp_path / "runs/a/tuned_so_far.yaml")["data.batch_size"] >= 16

@@ -184,7 +184,7 @@ class Tuner:
     batch_size: BatchSize | None = None
     lr: LearningRate | None = None
     milestones: list[int] = MISSING
-    """Epochs, > 0, at whose start the learning rate is searched again, inside the fit."""
+    """Epochs, > 0, at whose start the finders that are on search again, inside the fit."""
     cache: str | None = MISSING
     """Folder of the answers of all runs; null = search in every new run."""
 
@@ -198,9 +198,9 @@ class Tuner:
             "type 'tuner.milestones=[5,10]'",
         )
         require(
-            not self.milestones or self.lr is not None,
+            not self.milestones or self.lr is not None or self.batch_size is not None,
             "tuner.milestones",
-            "have the keys of tuner.lr",
+            "have a finder",
             list(self.milestones),
             "use tuner=milestones",
         )

@@ -311,12 +311,15 @@ class EffectiveBatch(Accumulation):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._factor = accumulation_factor(
-                batch_size=self.batch_size,
-                micro_batch_size=self.micro_batch_size,
-                world_size=trainer.world_size,
-            )
+            self.set_micro_batch_size(self.micro_batch_size, world_size=trainer.world_size)
         super().setup(trainer, pl_module, stage)
+
+    def set_micro_batch_size(self, size: int, *, world_size: int) -> None:
+        """Go on from another micro-batch, at the same effective batch, from the next window on."""
+        self._factor = accumulation_factor(
+            batch_size=self.batch_size, micro_batch_size=size, world_size=world_size
+        )
+        self.micro_batch_size = size
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -57,9 +57,12 @@ def build(config: Mapping[str, Any], extra_callbacks: Sequence[pl.Callback]) -> 
         if isinstance(technique, Accumulation):
             technique.refuse_manual_optimization(model)
     if config["tuner"] is not None and config["tuner"]["milestones"]:
-        from app.tuner.milestones import LrAtMilestones  # which builds throwaway runs
+        from app.tuner import milestones  # which builds throwaway runs
 
-        techniques.append(LrAtMilestones(config=config))
+        if config["tuner"]["batch_size"] is not None:
+            techniques.append(milestones.BatchSizeAtMilestones(config=config))
+        if config["tuner"]["lr"] is not None:
+            techniques.append(milestones.LrAtMilestones(config=config))
     loggers = [_make(logger) for logger in (config["logger"] or {}).values() if logger]
     callbacks = [*techniques, StepMetrics(), resume, *extra_callbacks, *build_callbacks(config)]
     trainer = build_trainer(config, callbacks=callbacks, loggers=loggers)

@@ -31,7 +31,7 @@ def describe(config: dict[str, Any]) -> list[tuple[str, str]]:
     """A row per group that is on: its name, and its class with its settings."""
     rows = []
     for group, chosen in config.items():
-        if not isinstance(chosen, dict) or group in ("logger", "callbacks", "trainer"):
+        if not isinstance(chosen, dict) or group in ("logger", "callbacks", "trainer", "tuner"):
             continue
         settings = {
             key: value

@@ -101,26 +101,40 @@ def find_batch_size(cfg: DictConfig, folder: Path) -> Found:
         candidates=BATCH_SIZE_KEYS,
         setting="tuner.batch_size.key",
     )
+    answer, reason = batch_size_of(config, key=key)
+    print(f"tuner: {key}={answer.size}: {reason}", flush=True)
+    draw_batch_size(answer, key=key, path=folder / "batch_size")
+    about = {"batch_size": {"trials": len(answer.trials), "reason": reason}}
+    return {key: answer.size}, about, answer.complete
+
+
+def batch_size_of(config: Mapping[str, Any], *, key: str) -> tuple[Answer, str]:
+    """Search the micro-batch of a checked configuration; returns the answer and why it is that."""
+    settings = config["tuner"]["batch_size"]
     bound, why = largest_allowed(config, settings)
-    world_size = config["trainer"]["devices"]
     target = value_at(config, "accumulate.batch_size")
     answer = search(
         lambda size: try_fit(
-            check(with_overrides(cfg, {key: size})),
+            with_micro_batch(config, key=key, size=size),
             size=size,
             num_steps=settings["steps_per_trial"],
         ),
         settings=settings,
         key=key,
         bound=bound,
-        divisors_of=None if target is None else target // world_size,
+        divisors_of=None if target is None else target // config["trainer"]["devices"],
         on_gpu=device_name(config) != "cpu",
     )
-    reason = why if answer.size == bound else answer.reason
-    print(f"tuner: {key}={answer.size}: {reason}", flush=True)
-    draw_batch_size(answer, key=key, path=folder / "batch_size")
-    about = {"batch_size": {"trials": len(answer.trials), "reason": reason}}
-    return {key: answer.size}, about, answer.complete
+    return answer, why if answer.size == bound else answer.reason
+
+
+def with_micro_batch(config: Mapping[str, Any], *, key: str, size: int) -> dict[str, Any]:
+    """A resolved configuration with another micro-batch, also where accumulation knows of it."""
+    changed = OmegaConf.create(dict(config))
+    OmegaConf.update(changed, key, size)
+    if value_at(config, "accumulate.micro_batch_size") is not None:
+        OmegaConf.update(changed, "accumulate.micro_batch_size", size)
+    return plain(changed)
 
 
 def find_eval_batch_size(

@@ -1,6 +1,7 @@
 """The learning-rate range test (arXiv 1506.01186) over a throwaway run."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -97,6 +98,38 @@ class Sweep(pl.Callback):
             trainer.should_stop = True
 
 
+class SweepBar(pl.Callback):
+    """A bar of the sweep's optimizer steps where the output is a terminal."""
+
+    def __init__(self, sweeping: Sweep) -> None:
+        self._sweeping = sweeping
+        self._bar: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if sys.stdout.isatty():
+            from rich.progress import Progress
+
+            self._bar = Progress(transient=True)
+            self._bar.start()
+            self._bar.add_task("learning rate", total=len(self._sweeping.rates))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=len(self._sweeping.losses))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
 def configured_lr(group: Mapping[str, Any]) -> float:
     """The learning rate that a parameter group was made with, whatever a schedule made of it."""
     lr: float = group.get("max_lr", group.get("initial_lr", group["lr"]))
@@ -136,7 +169,7 @@ def range_test(
         {**config, "averaging": None},
         num_steps=MOST_OPTIMIZERS * len(rates),
         validates=False,
-        callbacks=[*callbacks, sweeping],
+        callbacks=[*callbacks, sweeping, SweepBar(sweeping)],
     )
     complete = True
     try:

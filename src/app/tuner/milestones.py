@@ -1,4 +1,4 @@
-"""The learning-rate finder inside a fit, at the start of given epochs."""
+"""The finders inside a fit, at the start of given epochs."""
 
 import copy
 from collections.abc import Mapping
@@ -9,9 +9,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
 
+from app.accumulate import EffectiveBatch
+from app.tuner.find import batch_size_of
+from app.tuner.keys import BATCH_SIZE_KEYS, tuned_key
 from app.tuner.lr import range_test
 from app.tuner.lr_rules import suggest
-from app.tuner.plots import draw_lr
+from app.tuner.plots import draw_batch_size, draw_lr
 
 SCALED = ("lr", "initial_lr", "max_lr", "min_lr")
 """Entries of a parameter group that schedules compute the learning rate from."""
@@ -67,6 +70,74 @@ class LrAtMilestones(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.found = dict(state_dict["found"])
+
+
+class BatchSizeAtMilestones(pl.Callback):
+    """Searches the micro-batch again, say after unfreezing, and serves the answer from there on.
+
+    Acts in `on_train_epoch_end`, before the epoch of the milestone, whose loaders are then made
+    anew. The probes run on throwaway objects beside the run, whose memory counts as used. With
+    `accumulate=effective` the effective batch stays what was asked for.
+
+    Args:
+        config: the checked, resolved configuration of the run.
+    """
+
+    def __init__(self, *, config: Mapping[str, Any]) -> None:
+        self._config = config
+        settings = config["tuner"]["batch_size"]
+        self._key = tuned_key(
+            config,
+            chosen=settings["key"],
+            candidates=BATCH_SIZE_KEYS,
+            setting="tuner.batch_size.key",
+        )
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        if epoch not in self._config["tuner"]["milestones"]:
+            return
+        with isolate_rng():
+            answer, reason = batch_size_of(self._config, key=self._key)
+        if not answer.complete:
+            raise KeyboardInterrupt
+        print(f"tuner: epoch {epoch}: {self._key}={answer.size}: {reason}", flush=True)
+        path = Path(self._config["run_dir"]) / f"batch_size_epoch_{epoch}"
+        draw_batch_size(answer, key=self._key, path=path)
+        self._serve(trainer, answer.size)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        owner, name = self._owner(trainer)
+        checkpoint["tuned_batch_size"] = getattr(owner, name)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if "tuned_batch_size" in checkpoint:
+            self._serve(trainer, checkpoint["tuned_batch_size"])
+
+    def _serve(self, trainer: pl.Trainer, size: int) -> None:
+        owner, name = self._owner(trainer)
+        setattr(owner, name, size)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EffectiveBatch):
+                callback.set_micro_batch_size(size, world_size=trainer.world_size)
+
+    def _owner(self, trainer: pl.Trainer) -> tuple[Any, str]:
+        """The object that makes the loaders, and its attribute that says their batch size."""
+        group, _, name = self._key.partition(".")
+        owner = trainer.lightning_module if group == "model" else trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(owner, name):
+            raise ValueError(
+                f"tuner.milestones cannot change {self._key}: {type(owner).__name__} does not keep "
+                f"it as its attribute {name}; type tuner.batch_size=null"
+            )
+        return owner, name
 
 
 def scale_rates(trainer: pl.Trainer, multiplier: float) -> None:
