@@ -135,6 +135,19 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_data_without_a_test_part_is_trained_on_all_the_same(
+    checked: Callable[..., Any], tmp_path: Path
+) -> None:
+    config = checked(
+        "model=custom", "model._target_=theirs.LitModel", "data=custom", "optimizer=none",
+        "data._target_=theirs.LitData", "logger=csv", "trainer.max_epochs=1",
+    )  # fmt: skip
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    without = {**config, "data": {"_target_": "theirs.TrainOnly"}}
+    assert "test_loss" not in train(without, folder)["metrics"]
+
+
 @pytest.mark.parametrize("monitor", ["accuracy", "null"])
 def test_without_the_monitored_metric_the_last_checkpoint_is_tested(
     trained: Callable[..., Any], monitor: str

@@ -57,7 +57,7 @@ def sweep(config: dict[str, Any], **changes: Any) -> tuple[list[float], list[flo
     return rates, losses
 
 
-def test_finders_rng_finders_disk_lr_scheduler_the_run_after_a_search_equals_the_run_with_the_overrides_typed(
+def test_finders_rng_finders_disk_lr_scheduler_the_run_equals_the_one_with_overrides_typed(
     composed: Callable[..., DictConfig], found: Callable[..., Any], tmp_path: Path
 ) -> None:
     typed = ("tuner=full", "tuner.cache=null", "scheduler=cosine", "trainer.max_epochs=2",

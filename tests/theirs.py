@@ -69,6 +69,11 @@ class LitData(pl.LightningDataModule):
         return DataLoader(Noisy(8), batch_size=4)
 
 
+class TrainOnly(pl.LightningDataModule):
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Noisy(40), batch_size=4)
+
+
 class LitModel(pl.LightningModule):
     """Dropout, a logged loss, an optimizer and a schedule of its own."""
 

@@ -37,6 +37,14 @@ class Run:
         last = str(keeper.last) if keeper.last.exists() else None
         return {"best": keeper.best_model_path or last, "last": last}
 
+    def has_test(self) -> bool:
+        """Whether the model has a test step, and it or the data a loader for it."""
+        loader = "test_dataloader"
+        return is_overridden("test_step", self.model) and (
+            is_overridden(loader, self.model)
+            or is_overridden(loader, self.data, pl.LightningDataModule)
+        )
+
 
 def build(config: Mapping[str, Any], extra_callbacks: Sequence[pl.Callback]) -> Run:
     """Build model, data, callbacks and trainer from a checked, resolved configuration.

@@ -31,8 +31,7 @@ def main(cfg: DictConfig) -> None:
         tuned = recalled(config, folder.path)
         if tuned is not None:
             config = check(with_overrides(cfg, tuned))
-        if tuned is not None or config["tuner"] is None:
-            folder.refuse_changes(config)
+        folder.refuse_changes(config)
         result = folder.read_result()
         if result is not None and result["status"] == "finished":
             print(f"{folder.path} is finished; see {folder.result_path}")
@@ -50,7 +49,6 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     """Fit and test; returns the content of result.json, which is written also on a failure."""
     with importing():
         from lightning.pytorch.utilities.exceptions import SIGTERMException
-        from lightning.pytorch.utilities.model_helpers import is_overridden
 
         from app.build import build
         from app.checkpoint import newest_intact
@@ -79,7 +77,7 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
             "batch": start.batch,
             "checkpoints": run.checkpoints(),
         }
-        if config["test"] != "none" and is_overridden("test_step", run.model):
+        if config["test"] != "none" and run.has_test():
             path = record.content["checkpoints"][config["test"]]
             with record.phase("test"):
                 metrics = run.trainer.test(
