@@ -1,25 +1,30 @@
 """What the searches of the tuner cost: the micro-batch in trials and time, the learning rate.
 
 Batch size: `search_batch_size` of mode model against mode binsearch, mode power and Lightning's
-finder, without its margin. Memory is simulated, in shapes as of real models: a probe reports its
-peak or raises what CUDA raises. Its time is real: a `Trainer` of its own, and steps in proportion
-to the size; one that fails has run a forward pass. Targets: mode model takes at most 6 trials in
-the median, where bisection takes 13, and 0.05 of bisection's time. Time is told as the sum of the
-sizes probed, failures in full, and by the clock, trainers and garbage collection included. Beside
-them what no exact search can go below: the answer and the size after it, alone.
+finder, without its margin. Memory is simulated: a probe reports its peak, or raises what CUDA
+raises. Targets: mode model takes at most 6 trials in the median, where bisection takes 13, and 0.05
+of bisection's time.
+
+* Trials, and as a model of time the sum of the sizes tried, failures in full: over random memories,
+  with limits of 1 to 8192, that are only computed.
+* The same, the answers and the seconds by the clock: over memories of four limits, with real steps
+  in proportion to the size, each trial a `Trainer` and a garbage collection as in the tuner. A
+  trial that fails has run a forward pass.
+* Beside them what no exact search can go below: the answer and the size after it, alone.
 
 Learning rate: `range_test` over the default model against as many steps of a bare Lightning
 `Trainer`; target: at most 1.15 times that, in CPU seconds from the configuration on. Beside it
-`Tuner.lr_find`, which also validates at the end of each epoch.
+`Tuner.lr_find`, which also validates at the end of each epoch, and our garbage collection alone.
 
 Run as `python benchmarks/tune.py`.
 """
 
 import logging
 import math
+import random
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,14 +47,16 @@ from app.check import check
 from app.optim import configure_optimizers
 from app.tuner.batch_size import Prober
 from app.tuner.lr import range_test
+from app.tuner.probe import release_memory
 from app.tuner.search import Mode, Trial, search_batch_size
 
 MB, GB = 2**20, 2**30
 LIMITS = (37, 300, 1337, 5000)
-CAPACITY, FIXED = 16 * GB, 3 * GB
+CAPACITY = 16 * GB
+NUM_RANDOM = 1000
 FIRST, MAX, STEPS_PER_TRIAL = 2, 8192, 2
 FEATURES = 64
-ROUNDS = 15
+ROUNDS = 9
 MODEL, BISECTION = "ours: model", "ours: binsearch"
 FLOOR = "the answer and the next size alone"
 MOST_TRIALS, TIME_TARGETS = 6, {MODEL: 0.05}
@@ -63,22 +70,40 @@ Memory = Callable[[int], int]
 # ---------------------------------------------------------------------------------- the batch size
 
 
-def memory(share: Callable[[float], float], block: int, limit: int) -> Memory:
-    """Of which `limit` samples are the most that fit; allocated in blocks."""
-    room = CAPACITY - FIXED
+def memory(
+    share: Callable[[float], float], *, limit: int, block: int = 512, fixed: float = 0.2
+) -> Memory:
+    """Of which `limit` samples are the most that fit; a part is fixed, all comes in blocks.
+
+    `share` of the rest is taken at a share of the limit: it rises to 1 at 1.
+    """
+    base, room = fixed * CAPACITY, (1 - fixed) * CAPACITY
 
     def peak(size: int) -> int:
-        return math.ceil((FIXED + room * share(size / (limit + 0.5))) / block) * block
+        return math.ceil((base + room * share(size / (limit + 0.5))) / block) * block
 
     return peak
 
 
 SHAPES = {
-    "in proportion": partial(memory, lambda x: x, 512),
-    "in proportion, blocks of 2 MB": partial(memory, lambda x: x, 2 * MB),
-    "flat up to a third of the room": partial(memory, lambda x: max(x, 1 / 3), 512),
-    "half of it squared": partial(memory, lambda x: (x + x * x) / 2, 512),
+    "in proportion, in blocks of 2 MB": partial(memory, lambda x: x, block=2 * MB),
+    "flat up to a third of the room": partial(memory, lambda x: max(x, 1 / 3)),
 }
+
+
+def random_memory(rng: random.Random) -> tuple[int, Memory]:
+    """A limit, log-uniform, and a memory: fixed part, blocks, kink and bend at random."""
+    limit = int(2 ** rng.uniform(0, 13))
+    kink = limit ** rng.uniform(0, 0.98) / limit
+    bent, power = rng.uniform(0.05, 0.6), rng.uniform(1.2, 2.0)
+    shapes: list[tuple[Callable[[float], float], int]] = [
+        (lambda x: x, 512),
+        (lambda x: x, 2 * MB),
+        (lambda x: max(x, kink), 512),
+        (lambda x: (1 - bent) * x + bent * x**power, 512),
+    ]
+    share, block = rng.choice(shapes)
+    return limit, memory(share, limit=limit, block=block, fixed=rng.uniform(0.02, 0.7))
 
 
 class Batches:
@@ -102,7 +127,7 @@ class Simulated(pl.LightningModule):
 
     def __init__(self, peak: Memory, batch_size: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(FEATURES, 512), nn.ReLU(), nn.Linear(512, 1))
+        self.net = nn.Sequential(nn.Linear(FEATURES, 192), nn.ReLU(), nn.Linear(192, 1))
         self.peak = peak
         self.batch_size = batch_size
         self.tried: list[int] = []
@@ -146,10 +171,10 @@ def probing(peak: Memory, folder: str) -> Callable[[int], Trial]:
     return probe
 
 
-def ours(mode: Mode, peak: Memory, limit: int, folder: str) -> Search:
+def searched(probe: Callable[[int], Trial], mode: Mode) -> Search:
     """A search of ours, with the defaults of `tuner=batch_size`."""
     answer = search_batch_size(
-        probing(peak, folder),
+        probe,
         mode=mode,
         init_val=FIRST,
         max_val=MAX,
@@ -162,6 +187,11 @@ def ours(mode: Mode, peak: Memory, limit: int, folder: str) -> Search:
         provoke=True,
     )
     return Search(answer=answer.size, tried=[trial.size for trial in answer.trials])
+
+
+def ours(mode: Mode, peak: Memory, limit: int, folder: str) -> Search:
+    """A search of ours with real steps."""
+    return searched(probing(peak, folder), mode)
 
 
 def lightnings(mode: str, peak: Memory, limit: int, folder: str) -> Search:
@@ -205,35 +235,59 @@ def timed(search: Callable[[Memory, int, str], Search], peak: Memory, limit: int
     return found
 
 
-def batch_size() -> None:
-    """Each search on each memory, in turns."""
+def computed() -> None:
+    """Our searches over random memories, without a step."""
+    rng = random.Random(0)
+    searches: dict[str, list[Search]] = {BISECTION: [], MODEL: [], "ours: power": [], FLOOR: []}
+    truth = []
+    while len(truth) < NUM_RANDOM:
+        limit, peak = random_memory(rng)
+        beyond = peak(limit) > CAPACITY or peak(limit + 1) <= CAPACITY  # a block hides the limit
+        if beyond or limit + 1 > MAX:
+            continue
+
+        def probe(size: int, peak: Memory = peak) -> Trial:
+            fits = peak(size) <= CAPACITY
+            peak_bytes = peak(size) if fits else None
+            return Trial(size=size, fits=fits, peak_bytes=peak_bytes, samples_per_s=None)
+
+        truth.append(limit)
+        searches[BISECTION].append(searched(probe, "binsearch"))
+        searches[MODEL].append(searched(probe, "model"))
+        searches["ours: power"].append(searched(probe, "power"))
+        searches[FLOOR].append(Search(answer=limit, tried=[limit, limit + 1]))
+    show_trials(f"{NUM_RANDOM} random memories: trials", searches, truth)
+    show_sizes(f"{NUM_RANDOM} random memories: sum of the sizes", searches)
+
+
+def stepped() -> None:
+    """Each search with real steps on each memory, in turns."""
+    cases = [(limit, shape(limit=limit)) for limit in LIMITS for shape in SHAPES.values()]
     for search in SEARCHES.values():
-        timed(search, SHAPES["in proportion"](LIMITS[0]), LIMITS[0])  # warms up
-    cases = [(limit, shape) for limit in LIMITS for shape in SHAPES]
+        timed(search, cases[0][1], cases[0][0])  # warms up
     searches: dict[str, list[Search]] = {name: [] for name in SEARCHES}
-    for number, (limit, shape) in enumerate(cases):
+    for number, (limit, peak) in enumerate(cases):
         for name in list(SEARCHES) if number % 2 == 0 else reversed(SEARCHES):
-            searches[name].append(timed(SEARCHES[name], SHAPES[shape](limit), limit))
+            searches[name].append(timed(SEARCHES[name], peak, limit))
 
     truth = [limit for limit, _ in cases]
     show_answers(searches, truth)
-    show_trials(searches, truth)
-    sizes = {name: [float(sum(s.tried)) for s in found] for name, found in searches.items()}
+    title = f"{len(SHAPES)} memories of each limit"
+    show_trials(f"{title}: trials", searches, truth)
+    show_sizes(f"{title}: sum of the sizes", searches)
     seconds = {name: [s.seconds for s in found] for name, found in searches.items()}
-    show("batch size: sum of the sizes probed", sizes, base=BISECTION, targets=TIME_TARGETS)
-    show("batch size: seconds by the clock", seconds, base=BISECTION, targets=TIME_TARGETS)
-    largest = [position for position, limit in enumerate(truth) if limit == LIMITS[-1]]
-    show(
-        f"the same, of the {len(largest)} memories for {LIMITS[-1]}",
-        {name: [found[position] for position in largest] for name, found in seconds.items()},
-        base=BISECTION,
-        targets={},
-    )
+    show(f"{title}: seconds", seconds, base=BISECTION, targets=TIME_TARGETS)
+
+
+def show_sizes(title: str, searches: dict[str, list[Search]]) -> None:
+    """Print the ratios of the sums of the sizes tried."""
+    sums = {name: [float(sum(s.tried)) for s in found] for name, found in searches.items()}
+    show(title, sums, base=BISECTION, targets=TIME_TARGETS)
 
 
 def show_answers(searches: dict[str, list[Search]], truth: list[int]) -> None:
-    """Print what each answered, by what is the largest that fits."""
-    print(f"{'batch size: answers':<48}" + "".join(f"{limit:>12}" for limit in LIMITS))
+    """Print what each answered, under what is right."""
+    print(f"\n{'largest that fits':<48}" + "".join(f"{limit:>12}" for limit in LIMITS))
     for name, found in searches.items():
         line = f"{name:<48}"
         for limit in LIMITS:
@@ -242,9 +296,9 @@ def show_answers(searches: dict[str, list[Search]], truth: list[int]) -> None:
         print(line)
 
 
-def show_trials(searches: dict[str, list[Search]], truth: list[int]) -> None:
+def show_trials(title: str, searches: dict[str, list[Search]], truth: Sequence[int]) -> None:
     """Print how many trials each took, how often it was exact, and how often its answer ran."""
-    print(f"\n{'batch size: trials':<48}  median     min     max   exact     ran  target")
+    print(f"\n{title:<48}  median     min     max   exact     ran  target")
     for name, found in searches.items():
         trials = [len(s.tried) for s in found]
         exact = sum(s.answer == true for s, true in zip(found, truth, strict=True))
@@ -329,6 +383,7 @@ def learning_rate() -> None:
         "ours: range_test, clip=none": partial(swept, unclipped),
         "Lightning, bare, gradient_clip_val": partial(trained, config, gradient_clip_val=1.0),
         "Lightning's: lr_find": partial(lightning_swept, config),
+        "ours: garbage collection, alone": release_memory,
     }
     contestants: dict[str, Contestant] = {
         name: cpu_seconds(work, at_least=0.0) for name, work in works.items()
@@ -346,7 +401,8 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    batch_size()
+    computed()
+    stepped()
     learning_rate()
 
 

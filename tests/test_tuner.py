@@ -501,4 +501,5 @@ def test_ctrl_c_leaves_the_answer_so_far(tmp_path: Path) -> None:
         rest = process.stdout.read()
     assert process.returncode == 128 + signal.SIGINT, rest
     assert "tuner: interrupted; so far data.batch_size=" in rest
-    assert read_tuned(tmp_path / "runs/a/tuned_so_far.yaml")["data.batch_size"] >= 16
+    # the signal may come between the line and the search's own note of that trial
+    assert read_tuned(tmp_path / "runs/a/tuned_so_far.yaml")["data.batch_size"] >= 8
