@@ -8,8 +8,8 @@ of bisection's time.
 * Trials, and as a model of time the sum of the sizes tried, failures in full: over random memories,
   with limits of 1 to 8192, that are only computed.
 * The same, the answers and the seconds by the clock: over memories of four limits, with real steps
-  in proportion to the size, each trial a `Trainer` and a garbage collection as in the tuner. A
-  trial that fails has run a forward pass.
+  in proportion to the size, each trial with a `Trainer` or loop as in the tuner. A trial that fails
+  has run a forward pass. Garbage collections, one for each trial of either, skip what was imported.
 * Beside them what no exact search can go below: the answer and the size after it, alone.
 
 Learning rate: `range_test` over the default model against as many steps of a bare Lightning
@@ -19,11 +19,13 @@ Learning rate: `range_test` over the default model against as many steps of a ba
 Run as `python benchmarks/tune.py`.
 """
 
+import gc
 import logging
 import math
 import random
 import time
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
@@ -91,8 +93,8 @@ SHAPES = {
 }
 
 
-def random_memory(rng: random.Random) -> tuple[int, Memory]:
-    """A limit, log-uniform, and a memory: fixed part, blocks, kink and bend at random."""
+def random_memory(rng: random.Random) -> Memory:
+    """Of a limit that is log-uniform; fixed part, blocks, kink and bend at random."""
     limit = int(2 ** rng.uniform(0, 13))
     kink = limit ** rng.uniform(0, 0.98) / limit
     bent, power = rng.uniform(0.05, 0.6), rng.uniform(1.2, 2.0)
@@ -103,7 +105,7 @@ def random_memory(rng: random.Random) -> tuple[int, Memory]:
         (lambda x: (1 - bent) * x + bent * x**power, 512),
     ]
     share, block = rng.choice(shapes)
-    return limit, memory(share, limit=limit, block=block, fixed=rng.uniform(0.02, 0.7))
+    return memory(share, limit=limit, block=block, fixed=rng.uniform(0.02, 0.7))
 
 
 class Batches:
@@ -127,7 +129,7 @@ class Simulated(pl.LightningModule):
 
     def __init__(self, peak: Memory, batch_size: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(FEATURES, 192), nn.ReLU(), nn.Linear(192, 1))
+        self.net = nn.Sequential(nn.Linear(FEATURES, 512), nn.ReLU(), nn.Linear(512, 1))
         self.peak = peak
         self.batch_size = batch_size
         self.tried: list[int] = []
@@ -241,9 +243,9 @@ def computed() -> None:
     searches: dict[str, list[Search]] = {BISECTION: [], MODEL: [], "ours: power": [], FLOOR: []}
     truth = []
     while len(truth) < NUM_RANDOM:
-        limit, peak = random_memory(rng)
-        beyond = peak(limit) > CAPACITY or peak(limit + 1) <= CAPACITY  # a block hides the limit
-        if beyond or limit + 1 > MAX:
+        peak = random_memory(rng)
+        limit = bisect_right(range(1, MAX + 1), CAPACITY, key=peak)
+        if limit in (0, MAX):
             continue
 
         def probe(size: int, peak: Memory = peak) -> Trial:
@@ -265,6 +267,7 @@ def stepped() -> None:
     cases = [(limit, shape(limit=limit)) for limit in LIMITS for shape in SHAPES.values()]
     for search in SEARCHES.values():
         timed(search, cases[0][1], cases[0][0])  # warms up
+    gc.freeze()  # as the program does once all is imported
     searches: dict[str, list[Search]] = {name: [] for name in SEARCHES}
     for number, (limit, peak) in enumerate(cases):
         for name in list(SEARCHES) if number % 2 == 0 else reversed(SEARCHES):
