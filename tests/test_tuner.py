@@ -18,7 +18,7 @@ from app.build import build
 from app.check import check
 from app.cli import Refused
 from app.tuner.answers import cache_key, read_tuned
-from app.tuner.batch_size import Prober, agree_on_smallest, longest_first
+from app.tuner.batch_size import agree_on_smallest, longest_first
 from app.tuner.find import find, num_samples
 from app.tuner.keys import startable, with_overrides
 from app.tuner.lr import range_test
@@ -298,14 +298,15 @@ def test_bs_max_bs_dataset_bs_effective_bounds_hold(
 
 
 class Hungry(LitModel):
-    """Runs out of memory above 5 samples of training, or above `evaluates` of validation."""
+    """Runs out of memory above `trains` samples of training, or `evaluates` of validation."""
 
-    def __init__(self, evaluates: int = 10_000) -> None:
+    def __init__(self, trains: int = 5, evaluates: int = 10_000) -> None:
         super().__init__()
+        self.trains = trains
         self.evaluates = evaluates
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        if len(batch[0]) > 5:
+        if len(batch[0]) > self.trains:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
         return super().training_step(batch, batch_idx)
 
@@ -387,39 +388,41 @@ def test_samples_of_different_lengths_are_probed_longest_first() -> None:
     assert longest_first(alike) is alike
 
 
-def _probe_on_one_of_two(rank: int, init_file: str, answers: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{init_file}", rank=rank, world_size=2
-    )
-
-    def attempt(size: int) -> float:
-        if rank == 1 and size > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return 1.0
-
-    prober = Prober(attempt=attempt, on_gpu=False, memory_fraction=1.0)
-    fits = [prober(size).fits for size in (2, 4, 8)]
-    Path(f"{answers}{rank}").write_text(repr(fits))
-    torch.distributed.destroy_process_group()
+SEARCH_IN_A_PROCESS = """
+import sys, torch
+from pathlib import Path
+from hydra import compose, initialize_config_module
+from app.check import check
+from app.tuner.find import batch_size_of
+rank, folder, limit, typed = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]
+torch.set_num_threads(1)
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2
+)
+with initialize_config_module("app.conf", version_base="1.3"):
+    config = check(compose("train", [*typed, f"run_dir={folder}", f"+model.trains={limit}"]))
+answer, _ = batch_size_of(config, key="data.batch_size")
+Path(folder, f"answer{rank}").write_text(f"{answer.size} {len(answer.trials)}")
+torch.distributed.destroy_process_group()
+"""
 
 
 @pytest.mark.slow
 def test_bs_distributed_all_ranks_take_the_answer_of_the_one_that_runs_out(tmp_path: Path) -> None:
+    """Real probes in two gloo processes, of which one alone runs out of memory."""
     assert agree_on_smallest(True) is True  # without processes
-    program = (
-        "import sys; from test_tuner import _probe_on_one_of_two as probe;"
-        "probe(int(sys.argv[1]), sys.argv[2], sys.argv[3])"
-    )
+    typed = (*THEIRS, *BATCH, "model._target_=test_tuner.Hungry", "+data.batch_size=4")
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", program, str(rank), f"{tmp_path}/init", f"{tmp_path}/answer"],
+            [sys.executable, "-c", SEARCH_IN_A_PROCESS, str(rank), str(tmp_path), limit, *typed],
             cwd=Path(__file__).parent,
         )
-        for rank in range(2)
+        for rank, limit in enumerate(("100", "5"))
     ]
-    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
-    for rank in range(2):
-        assert (tmp_path / f"answer{rank}").read_text() == "[True, True, False]"
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    answers = [(tmp_path / f"answer{rank}").read_text() for rank in range(2)]
+    assert answers[0] == answers[1]
+    assert answers[0].startswith("5 ")
 
 
 # ----------------------------------------------------------------------------------- whole commands
