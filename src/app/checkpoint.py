@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import time
 import zipfile
 from collections import OrderedDict
@@ -89,7 +90,7 @@ class CheckpointFiles(TorchCheckpointIO):
         """
         try:
             content: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
-        except Exception as error:
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             if not is_intact(Path(path)):
                 raise ValueError(f"{path} is damaged: it is not a complete checkpoint") from error
             raise ValueError(
