@@ -90,7 +90,9 @@ class CheckpointFiles(TorchCheckpointIO):
         """
         try:
             content: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except FileNotFoundError:
+            raise
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             if not is_intact(Path(path)):
                 raise ValueError(f"{path} is damaged: it is not a complete checkpoint") from error
             raise ValueError(
