@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
-from .rules import require
+from app.batch_size import accumulation_factor, data_parallel_size
+
+from .rules import require, require_package
 
 
 class Resume(str, Enum):
@@ -50,8 +52,12 @@ class Train:
     accumulate: Any = None
     clip: Any = None
     averaging: Any = None
+    sharing: Any = None
     trainer: Any = MISSING
+    strategy: Any = MISSING
     precision: Any = MISSING
+    memory: Any = None
+    compile: Any = None
     logger: Any = None
     callbacks: Any = None
     tuner: Any = None
@@ -68,6 +74,20 @@ class Train:
         for rule in RULES:
             if rule.is_broken(self):
                 raise ValueError(rule.message(self))
+        for pair in WITH_STRATEGIES:
+            if _is(self.strategy, *pair.strategies) and pair.is_broken(self):
+                raise ValueError(pair.message(self))
+        for package, (needs, choice, other) in PACKAGES.items():
+            if needs(self):
+                group = choice.partition("=")[0]
+                require_package(package, choice, f"use {group}={other}")
+        world_size = _data_parallel_size(self)
+        if world_size is not None and _get(self.accumulate, "micro_batch_size") is not None:
+            accumulation_factor(
+                batch_size=self.accumulate.batch_size,
+                micro_batch_size=self.accumulate.micro_batch_size,
+                world_size=world_size,
+            )
 
 
 class Rule(NamedTuple):
@@ -125,8 +145,185 @@ def _get(slot: Any, key: str) -> Any:
     return slot.get(key) if isinstance(slot, dict) else getattr(slot, key, None)
 
 
+def _data_parallel_size(run: Train) -> int | None:
+    if _is(run.strategy, SINGLE):
+        return 1
+    return data_parallel_size(
+        devices=run.trainer.devices,
+        num_nodes=run.trainer.num_nodes,
+        tensor_parallel_size=_get(run.strategy, "tensor_parallel_size"),
+    )
+
+
+def _num_processes(run: Train) -> int:
+    """1 where it is not known yet."""
+    devices = 1 if run.trainer.devices == "auto" else int(run.trainer.devices)
+    return devices * int(run.trainer.num_nodes)
+
+
+def _splits_unevenly(run: Train) -> bool:
+    split = _get(run.strategy, "tensor_parallel_size")
+    return split is not None and run.trainer.devices != "auto" and _num_processes(run) % split != 0
+
+
+SINGLE = "app.strategy.single"
+SHARDED = ("app.strategy.fsdp", "app.strategy.fsdp2", "app.strategy.tp_fsdp2")
+FSDP = SHARDED[:1]
+FSDP2 = SHARDED[1:]
+DEEPSPEED = ("app.strategy.deepspeed",)
+DDP = ("app.strategy.ddp",)
+
+
+def _is(slot: Any, *targets: str) -> bool:
+    return _get(slot, "_target_") in targets
+
+
+def _name(strategy: Any) -> str:
+    """A strategy as typed, but for the stage of DeepSpeed."""
+    return f"strategy={_get(strategy, '_target_').rpartition('.')[2]}"
+
+
+GRAPH_MODEL = "app.models.graphsage.GraphSage"
+
+
+def _num_hops(run: Train) -> tuple[int, int]:
+    """Hops to neighbours that the model takes and the data serves; equal where one is not ours."""
+    if not all(str(_get(slot, "_target_")).startswith("app.") for slot in (run.model, run.data)):
+        return 0, 0
+    takes = len(run.model.hidden_sizes) + 1 if _is(run.model, GRAPH_MODEL) else 0
+    return takes, len(_get(run.data, "fanouts") or ())
+
+
+FP8 = "transformer-engine"
+
+PACKAGES = {
+    "bitsandbytes": (lambda run: _is(run.optimizer, EIGHT_BIT), "optimizer=adamw8bit", "adamw"),
+    "deepspeed": (lambda run: _is(run.strategy, *DEEPSPEED), "strategy=deepspeed", "fsdp2"),
+    "transformer_engine": (lambda run: run.precision.mode == FP8, "precision=fp8", "bf16"),
+}
+"""Optional packages: what needs one, and the preset that does not."""
+
+EIGHT_BIT = "app.optim.AdamW8bit"
+
 BY_LENGTH = ("app.optim.WarmupDecay", "app.optim.OneCycle")
 """Schedules that are laid out over the whole run."""
+
+
+class Pair(NamedTuple):
+    """What a strategy cannot run, why, and what to type instead."""
+
+    strategies: tuple[str, ...]
+    is_broken: Callable[[Train], bool]
+    what: str
+    why: str
+    instead: str
+
+    def message(self, run: Train) -> str:
+        """`what` cannot run with the strategy, because; what to type."""
+        what = self.what.format(run=run)
+        return f"{what} cannot run with {_name(run.strategy)}: {self.why}; {self.instead}"
+
+
+WITH_STRATEGIES = (
+    Pair(
+        DEEPSPEED,
+        lambda run: run.trainer.accelerator == "cpu",
+        "trainer.accelerator=cpu",
+        "DeepSpeed needs GPUs",
+        "use strategy=fsdp2",
+    ),
+    Pair(
+        FSDP2,
+        lambda run: run.precision.mode not in ("32-true", "bf16-mixed", "bf16-true"),
+        "precision.mode={run.precision.mode}",
+        "fsdp2 shards float32 and bfloat16 weights, without a scaled loss",
+        "use precision=bf16",
+    ),
+    Pair(
+        FSDP + DEEPSPEED,
+        lambda run: run.precision.mode in ("64-true", FP8),
+        "precision.mode={run.precision.mode}",
+        "Lightning's strategy takes neither float64 nor float8",
+        "use precision=bf16",
+    ),
+    Pair(
+        FSDP,
+        lambda run: _is(run.clip, "app.clip.AdaptiveClip"),
+        "clip=adaptive",
+        "its flat shards cut through the units whose norms are compared",
+        "use strategy=fsdp2, or clip=norm",
+    ),
+    Pair(
+        DEEPSPEED,
+        lambda run: run.clip is not None and not _is_plain_norm(run.clip),
+        "this clipping",
+        "DeepSpeed's engine keeps the gradients, and clips their 2-norm only",
+        "use clip=norm",
+    ),
+    Pair(
+        DEEPSPEED,
+        lambda run: run.accumulate is not None,
+        "accumulation",
+        "DeepSpeed's engine counts the micro-batches itself",
+        "use accumulate=none, or strategy=fsdp2",
+    ),
+    Pair(
+        DEEPSPEED,
+        lambda run: run.averaging is not None,
+        "averaging",
+        "DeepSpeed's engine keeps the weights that it steps",
+        "use averaging=none, or strategy=fsdp2",
+    ),
+    Pair(
+        FSDP,
+        lambda run: run.averaging is not None and run.precision.mode == "bf16-true",
+        "averaging with precision=bf16_true",
+        "the float32 average of flat shards cannot be kept in a checkpoint",
+        "use strategy=fsdp2, or precision=bf16",
+    ),
+    Pair(
+        SHARDED,
+        lambda run: _get(run.averaging, "validate") == "both",
+        "averaging.validate=both",
+        "it runs a copy of the model, which cannot be made of shards",
+        "type averaging.validate=averaged",
+    ),
+    Pair(
+        SHARDED + DEEPSPEED,
+        lambda run: bool(_get(run.tuner, "milestones")),
+        "tuner.milestones",
+        "a second sharded model cannot be made inside a fit",
+        "type 'tuner.milestones=[]'",
+    ),
+    Pair(
+        DDP,
+        lambda run: (
+            bool(_get(run.tuner, "milestones")) and _get(run.tuner, "batch_size") is not None
+        ),
+        "tuner.milestones with tuner.batch_size",
+        "a rank that runs out of memory inside a fit would leave the others waiting",
+        "type tuner.batch_size=null",
+    ),
+    Pair(
+        SHARDED,
+        lambda run: bool(_get(run.compile, "fullgraph")),
+        "compile.fullgraph=true",
+        "each block is gathered between two graphs",
+        "type compile.fullgraph=false",
+    ),
+    Pair(
+        FSDP2,
+        lambda run: _is(run.optimizer, EIGHT_BIT),
+        "optimizer=adamw8bit",
+        "bitsandbytes cannot step shards",
+        "use optimizer=adamw, or strategy=ddp",
+    ),
+)
+
+
+def _is_plain_norm(clip: Any) -> bool:
+    return _is(clip, "app.clip.NormClip") and clip.norm_type == 2
+
 
 RULES = (
     Rule(
@@ -207,6 +404,64 @@ RULES = (
         lambda run: (
             "precision=fp16 needs a GPU: trainer.accelerator=cpu has no scaled float16; "
             "use precision=bf16"
+        ),
+    ),
+    Rule(
+        lambda run: 0 < _num_hops(run)[0] != _num_hops(run)[1],
+        lambda run: (
+            f"model=graphsage has {_num_hops(run)[0]} layers, and the data serves "
+            f"{_num_hops(run)[1]} hops to neighbours; type data=graph "
+            f"'data.fanouts={[10] * _num_hops(run)[0]}'"
+        ),
+    ),
+    Rule(
+        lambda run: 0 == _num_hops(run)[0] < _num_hops(run)[1],
+        lambda run: (
+            f"data.fanouts={run.data.fanouts} adds neighbours to each node, which only "
+            "model=graphsage takes; choose it, or type 'data.fanouts=[]'"
+        ),
+    ),
+    Rule(
+        lambda run: run.precision.matmul == "high" and run.trainer.accelerator == "cpu",
+        lambda run: (
+            "precision=tf32 needs a GPU: trainer.accelerator=cpu has no TF32; use precision=fp32"
+        ),
+    ),
+    Rule(
+        lambda run: run.precision.mode == FP8 and run.trainer.accelerator == "cpu",
+        lambda run: (
+            "precision=fp8 needs a GPU: trainer.accelerator=cpu has no float8; use precision=bf16"
+        ),
+    ),
+    Rule(
+        lambda run: run.precision.mode == FP8 and run.memory is not None,
+        lambda run: (
+            "memory=checkpointing runs blocks a second time outside the float8 arithmetic of "
+            "precision=fp8; use precision=bf16, or memory=none"
+        ),
+    ),
+    Rule(
+        lambda run: (
+            _get(run.compile, "mode") == "reduce_overhead" and run.trainer.accelerator == "cpu"
+        ),
+        lambda run: (
+            "compile=reduce_overhead needs a GPU: trainer.accelerator=cpu has no CUDA graphs; use "
+            "compile=default"
+        ),
+    ),
+    Rule(
+        lambda run: _is(run.strategy, SINGLE) and _num_processes(run) > 1,
+        lambda run: (
+            f"trainer.devices={run.trainer.devices} and trainer.num_nodes={run.trainer.num_nodes} "
+            "need a strategy of several processes; type strategy=ddp"
+        ),
+    ),
+    Rule(
+        _splits_unevenly,
+        lambda run: (
+            f"strategy.tensor_parallel_size={run.strategy.tensor_parallel_size} must divide the "
+            f"{_num_processes(run)} processes; type trainer.devices="
+            f"{run.strategy.tensor_parallel_size}"
         ),
     ),
 )

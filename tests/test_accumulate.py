@@ -247,7 +247,11 @@ def our_trainer(run_dir: Path, *callbacks: pl.Callback, **changes: Any) -> Train
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 1,
         "detect_anomaly": False,
+        "num_nodes": 1,
+        "sync_batchnorm": False,
+        "strategy": "auto",
         "precision": "64-true",
+        "matmul": "highest",
         "run_dir": run_dir,
         "callbacks": callbacks,
         "loggers": [],
@@ -789,18 +793,6 @@ TYPE = "type for example 'accumulate.starts=[0,4]' 'accumulate.factors=[1,8]'"
             ScheduledSchema,
             {"starts": [0, 4], "factors": [1, 0]},
             f"accumulate.factors must be >= 1, got 0; {OFF}",
-        ),
-        (
-            EffectiveSchema,
-            {"batch_size": 100, "micro_batch_size": 32},
-            "accumulate.batch_size must be a multiple of 32 (micro-batch 32 x world size 1), "
-            "got 100; the nearest that work: accumulate.batch_size=96 or accumulate.batch_size=128",
-        ),
-        (
-            EffectiveSchema,
-            {"batch_size": 20, "micro_batch_size": 32},
-            "accumulate.batch_size must be a multiple of 32 (micro-batch 32 x world size 1), "
-            "got 20; the nearest that work: accumulate.batch_size=32",
         ),
         (
             EffectiveSchema,

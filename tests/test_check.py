@@ -34,6 +34,15 @@ KEYS = {
     ("accumulate=effective", "accumulate.batch_size=1000"): "accumulate.batch_size must be a "
     "multiple of 128 (micro-batch 128 x world size 1), got 1000; the nearest that work: "
     "accumulate.batch_size=896 or accumulate.batch_size=1024",
+    (
+        "accumulate=effective",
+        "accumulate.batch_size=128",
+        "strategy=ddp",
+        "trainer.devices=3",
+    ): "accumulate.batch_size must be a multiple of 384 (micro-batch 128 x world size 3), got 128; "
+    "the nearest that work: accumulate.batch_size=384",
+    ("trainer.devices=some",): "trainer.devices must be >= 1 or auto, got some; type "
+    "trainer.devices=2 strategy=ddp",
 }
 COMBINATIONS = {
     ("scheduler=cosine", "optimizer=none"): "scheduler needs an optimizer whose rate it sets, and "
@@ -64,6 +73,23 @@ COMBINATIONS = {
     "averaging.validate=averaged",
     ("precision=fp16", "trainer.accelerator=cpu"): "precision=fp16 needs a GPU: "
     "trainer.accelerator=cpu has no scaled float16; use precision=bf16",
+    ("model=graphsage",): "model=graphsage has 2 layers, and the data serves 0 hops to neighbours; "
+    "type data=graph 'data.fanouts=[10, 10]'",
+    ("data=graph",): "data.fanouts=[10, 10] adds neighbours to each node, which only "
+    "model=graphsage takes; choose it, or type 'data.fanouts=[]'",
+    ("trainer.devices=2",): "trainer.devices=2 and trainer.num_nodes=1 need a strategy of several "
+    "processes; type strategy=ddp",
+    ("strategy=tp_fsdp2", "trainer.devices=3"): "strategy.tensor_parallel_size=2 must divide the 3 "
+    "processes; type trainer.devices=2",
+    ("precision=tf32", "trainer.accelerator=cpu"): "precision=tf32 needs a GPU: "
+    "trainer.accelerator=cpu has no TF32; use precision=fp32",
+    ("precision=fp8", "trainer.accelerator=cpu"): "precision=fp8 needs a GPU: "
+    "trainer.accelerator=cpu has no float8; use precision=bf16",
+    ("precision=fp8", "memory=checkpointing", "memory.min_parameters=10"): "memory=checkpointing "
+    "runs blocks a second time outside the float8 arithmetic of precision=fp8; use precision=bf16, "
+    "or memory=none",
+    ("compile=reduce_overhead", "trainer.accelerator=cpu"): "compile=reduce_overhead needs a GPU: "
+    "trainer.accelerator=cpu has no CUDA graphs; use compile=default",
 }  # fmt: skip
 
 

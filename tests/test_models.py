@@ -14,6 +14,8 @@ from app.data.memory import InMemoryLoader
 CONF = Path(__file__).parents[1] / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "custom")
 DATA = {"mnist1d": 40, "digits": 64}
+HOPS = {"graphsage": (3, 4)}
+"""Dimensions between batch and features, of models of neighbourhoods."""
 
 # Lightning 2.6 asks torch's pytree a question that torch 2.13 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
@@ -35,11 +37,11 @@ def build(preset: str, *overrides: str, data: str = "mnist1d") -> Any:
     return instantiate(cfg.model)
 
 
-def batches(num_samples: int, batch_size: int, num_features: int = 40) -> InMemoryLoader:
+def batches(num_samples: int, batch_size: int, preset: str) -> InMemoryLoader:
     generator = torch.Generator().manual_seed(1)
     return InMemoryLoader(
         tensors=(
-            torch.randn(num_samples, num_features, generator=generator),
+            torch.randn(num_samples, *HOPS.get(preset, ()), 40, generator=generator),
             torch.arange(num_samples) % 10,
         ),
         batch_size=batch_size,
@@ -65,13 +67,13 @@ def trainer(**changes: Any) -> Trainer:
 def test_every_preset_fits_every_data_set(preset: str, data: str) -> None:
     model = build(preset, data=data)
     assert isinstance(model, LightningModule)
-    assert model(torch.zeros(3, DATA[data])).shape == (3, 10)
+    assert model(torch.zeros(3, *HOPS.get(preset, ()), DATA[data])).shape == (3, 10)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_learns_one_batch_by_heart(preset: str) -> None:
     model = build(preset)
-    batch = next(iter(batches(20, 20)))
+    batch = next(iter(batches(20, 20, preset)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for _ in range(100):
         optimizer.zero_grad()
@@ -87,13 +89,14 @@ def test_lightning_trains_validates_tests_and_predicts(preset: str) -> None:
     model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.1)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     run = trainer(max_epochs=1)
-    run.fit(model, batches(32, 8), batches(20, 8))
+    run.fit(model, batches(32, 8, preset), batches(20, 8, preset))
     assert all(
         not torch.equal(new, old) for new, old in zip(model.parameters(), before, strict=True)
     )
     assert sorted(run.callback_metrics) == ["val_acc", "val_loss"]
-    assert sorted(run.test(model, batches(20, 8), verbose=False)[0]) == ["test_acc", "test_loss"]
-    probabilities = torch.cat(run.predict(model, batches(20, 8)))
+    tested = run.test(model, batches(20, 8, preset), verbose=False)[0]
+    assert sorted(tested) == ["test_acc", "test_loss"]
+    probabilities = torch.cat(run.predict(model, batches(20, 8, preset)))
     assert probabilities.shape == (20, 10)
     assert torch.allclose(probabilities.sum(dim=1), torch.ones(20))
 
@@ -101,7 +104,7 @@ def test_lightning_trains_validates_tests_and_predicts(preset: str) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_metrics_are_means_over_samples_not_over_batches(preset: str) -> None:
     model = build(preset).eval()
-    data = batches(20, 18)  # batches of 18 and 2
+    data = batches(20, 18, preset)  # batches of 18 and 2
     x, y = data.dataset.tensors
     with torch.no_grad():
         logits = model(x)

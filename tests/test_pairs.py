@@ -37,6 +37,7 @@ NEEDED = {
     "accumulate=effective": ["accumulate.batch_size=48"],
     "averaging=swa": ["averaging.anneal_epochs=1"],
     "scheduler=steps": ["scheduler.milestones=[1]"],
+    "model=graphsage": ["data=graph", "data.num_nodes=400"],
     "optimizer=none": [],
 }
 """What a preset needs to fit into a run of two epochs of six batches."""

@@ -21,8 +21,6 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from app.batch_size import accumulation_factor
-
 from ..rules import require
 
 
@@ -102,9 +100,6 @@ class EffectiveBatch:
                 "model.batch_size tells it; type accumulate.micro_batch_size=32"
             )
         _require_factor("accumulate.micro_batch_size", self.micro_batch_size)
-        accumulation_factor(
-            batch_size=self.batch_size, micro_batch_size=self.micro_batch_size, world_size=1
-        )
 
 
 def _require_factor(key: str, value: int) -> None:

@@ -3,12 +3,14 @@
 The small sets stay in memory and are served by slicing whole batches, in an order that depends only
 on the run's seed and the epoch: `shuffle` draws nothing from the global RNG, and a run continues in
 mid-epoch with exactly the next batch. Batches hold features (batch, num_features) float32 and
-labels (batch,) int64.
+labels (batch,) int64; those of graph hold a node and the neighbours sampled for it in one more
+dimension for each of `data.fanouts`.
 
 | preset  | what it is                                                | source                    |
 |---------|-----------------------------------------------------------|---------------------------|
 | mnist1d | 15,000 generated signals, shipped: techniques show here   | arXiv 2011.14439          |
 | digits  | 1,797 images of 8x8: a smoke test (pip install app[digits]) | scikit-learn load_digits |
+| graph   | 50,000 generated nodes, 1 M edges: for model=graphsage    | stochastic block model    |
 | custom  | any LightningDataModule: data._target_=theirpkg.TheirData |                           |
 """
 
@@ -74,4 +76,71 @@ class Digits(InMemoryData):
         )
 
 
-PRESETS = {"mnist1d": Mnist1d, "digits": Digits}
+@dataclass(kw_only=True)
+class Graph(InMemoryData):
+    """A stochastic block model: nodes of a class are neighbours more often than others.
+
+    Everything is generated, so num_features and num_classes can be chosen: both >= 1, at least 2
+    classes.
+    """
+
+    _target_: str = "app.data.graph.Graph"
+    num_nodes: int = MISSING
+    """Nodes, a multiple of num_classes: classes are of equal size."""
+    degree_within: float = MISSING
+    """Neighbours of a node in its own class, >= 0, in the mean."""
+    degree_between: float = MISSING
+    """Neighbours of a node in all other classes, >= 0, in the mean."""
+    noise: float = MISSING
+    """Standard deviation of a node's features, >= 0, where that of the means of classes is 1."""
+    graph_seed: int = MISSING
+    """Seed of the graph, its features and the split, >= 0; apart from the run's seed."""
+    train_share: float = MISSING
+    """Share of the nodes to train on, > 0."""
+    val_share: float = MISSING
+    """Share of the nodes to validate on, > 0; the nodes that are left are tested on."""
+    fanouts: list[int] = MISSING
+    """Neighbours sampled at each hop, >= 1, with replacement; [] leaves the nodes' own features, as
+    any model takes them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, least, instead in (
+            ("num_features", 1, 32),
+            ("num_classes", 2, 10),
+            ("degree_within", 0, 18),
+            ("degree_between", 0, 22),
+            ("noise", 0, 5),
+            ("graph_seed", 0, 0),
+        ):
+            value = getattr(self, key)
+            require(
+                value >= least, f"data.{key}", f"be >= {least}", value, f"type data.{key}={instead}"
+            )
+        require(
+            self.num_nodes > 0 and self.num_nodes % self.num_classes == 0,
+            "data.num_nodes",
+            f"be a multiple of data.num_classes={self.num_classes}",
+            self.num_nodes,
+            f"type data.num_nodes={5000 * self.num_classes}",
+        )
+        num_train, num_val = (
+            int(share * self.num_nodes) for share in (self.train_share, self.val_share)
+        )
+        require(
+            min(num_train, num_val, self.num_nodes - num_train - num_val) >= 1,
+            "data.train_share and data.val_share",
+            f"leave each part one of the {self.num_nodes} nodes",
+            f"{self.train_share} and {self.val_share}",
+            "type data.train_share=0.3 data.val_share=0.1",
+        )
+        require(
+            all(fanout >= 1 for fanout in self.fanouts),
+            "data.fanouts",
+            "be numbers >= 1",
+            self.fanouts,
+            "type 'data.fanouts=[10,10]'",
+        )
+
+
+PRESETS = {"mnist1d": Mnist1d, "digits": Digits, "graph": Graph}

@@ -1,8 +1,8 @@
 """The model of a run: a LightningModule that knows its loss and its metrics, not its optimizer.
 
-Every preset is a classifier of signals (batch, in_features); the size of the signal and the number
-of classes are read from the data. Validation logs `val_loss` and `val_acc`, test `test_loss` and
-`test_acc`.
+Every preset is a classifier of signals (batch, in_features), graphsage one of nodes with their
+neighbours; the size of the signal and the number of classes are read from the data. Validation logs
+`val_loss` and `val_acc`, test `test_loss` and `test_acc`.
 
 | preset      | what it is                                                  | source           |
 |-------------|-------------------------------------------------------------|------------------|
@@ -10,6 +10,7 @@ of classes are read from the data. Validation logs `val_loss` and `val_acc`, tes
 | cnn1d_bn    | the same with batch norm, whose statistics techniques must keep right |        |
 | mlp         | two hidden layers                                           | arXiv 2011.14439 |
 | transformer | two layers over patches of four                             | arXiv 2010.11929 |
+| graphsage   | two layers over means of neighbours, 5,450 parameters       | arXiv 1706.02216 |
 | custom      | any LightningModule: model._target_=theirpkg.LitModel       |                  |
 """
 
@@ -88,6 +89,28 @@ class Mlp:
 
 
 @dataclass(kw_only=True)
+class GraphSage:
+    """Layers that join a node with the mean of its neighbours, with ReLU between them."""
+
+    _target_: str = "app.models.graphsage.GraphSage"
+    in_features: int = MISSING
+    """Features of a node, >= 1; the data's."""
+    num_classes: int = MISSING
+    """Classes, >= 1; the data's."""
+    hidden_sizes: list[int] = MISSING
+    """Units between the layers, >= 1; a layer more than numbers, and as many as data.fanouts."""
+
+    def __post_init__(self) -> None:
+        require(
+            all(size >= 1 for size in self.hidden_sizes),
+            "model.hidden_sizes",
+            "be numbers >= 1",
+            self.hidden_sizes,
+            "type 'model.hidden_sizes=[64]'",
+        )
+
+
+@dataclass(kw_only=True)
 class Transformer:
     """A transformer encoder over the patches of the signal."""
 
@@ -136,4 +159,10 @@ class Transformer:
         )
 
 
-PRESETS = {"cnn1d": Cnn1d, "cnn1d_bn": Cnn1d, "mlp": Mlp, "transformer": Transformer}
+PRESETS = {
+    "cnn1d": Cnn1d,
+    "cnn1d_bn": Cnn1d,
+    "mlp": Mlp,
+    "graphsage": GraphSage,
+    "transformer": Transformer,
+}

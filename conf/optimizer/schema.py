@@ -24,6 +24,8 @@ class SGD:
     """Nesterov's variant of the momentum."""
     weight_decay: float = MISSING
     """L2 penalty, >= 0."""
+    fused: bool | None = MISSING
+    """One kernel for all tensors: 2 to 3 times faster, other last bits; null = torch's choice."""
 
     def __post_init__(self) -> None:
         _require_common(self.lr, self.weight_decay)
@@ -61,15 +63,46 @@ class Adam:
     """One kernel for all tensors: 4 to 7 times faster on a CPU."""
 
     def __post_init__(self) -> None:
-        _require_common(self.lr, self.weight_decay)
+        _require_moments(self.lr, self.betas, self.eps, self.weight_decay)
+
+
+@dataclass(kw_only=True)
+class AdamW8bit:
+    """AdamW with moments of 8 bits (arXiv 2110.02861): 2 bytes a parameter in place of 8."""
+
+    _target_: str = "app.optim.AdamW8bit"
+    lr: float = MISSING
+    """Learning rate, > 0."""
+    betas: list[float] = MISSING
+    """Decay of the first and second moment, each 0 to below 1."""
+    eps: float = MISSING
+    """Added to the denominator, > 0."""
+    weight_decay: float = MISSING
+    """Decoupled from the gradient, >= 0."""
+    min_8bit_size: int = MISSING
+    """Tensors of fewer numbers keep moments of 32 bits, >= 0."""
+
+    def __post_init__(self) -> None:
+        _require_moments(self.lr, self.betas, self.eps, self.weight_decay)
         require(
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            "optimizer.betas",
-            "be two numbers from 0 to below 1",
-            self.betas,
-            "type 'optimizer.betas=[0.9,0.999]'",
+            self.min_8bit_size >= 0,
+            "optimizer.min_8bit_size",
+            "be >= 0",
+            self.min_8bit_size,
+            "type optimizer.min_8bit_size=4096",
         )
-        require(self.eps > 0, "optimizer.eps", "be > 0", self.eps, "type optimizer.eps=1e-8")
+
+
+def _require_moments(lr: float, betas: list[float], eps: float, weight_decay: float) -> None:
+    _require_common(lr, weight_decay)
+    require(
+        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        "optimizer.betas",
+        "be two numbers from 0 to below 1",
+        betas,
+        "type 'optimizer.betas=[0.9,0.999]'",
+    )
+    require(eps > 0, "optimizer.eps", "be > 0", eps, "type optimizer.eps=1e-8")
 
 
 def _require_common(lr: float, weight_decay: float) -> None:
@@ -83,4 +116,4 @@ def _require_common(lr: float, weight_decay: float) -> None:
     )
 
 
-PRESETS = {"sgd": SGD, "adam": Adam, "adamw": Adam}
+PRESETS = {"sgd": SGD, "adam": Adam, "adamw": Adam, "adamw8bit": AdamW8bit}

@@ -31,8 +31,13 @@ class Trainer:
     """Wall time in minutes, > 0; null = no limit."""
     accelerator: Accelerator = MISSING
     """auto, cpu, gpu, mps or tpu."""
-    devices: int = MISSING
-    """Devices of this machine; 1 in this version."""
+    devices: int | str = MISSING
+    """Devices of each machine, one process on each, >= 1; auto = one for strategy=single, else all
+    GPUs there are."""
+    num_nodes: int = MISSING
+    """Machines, >= 1; more than one where torchrun or srun starts the processes."""
+    sync_batchnorm: bool = MISSING
+    """BatchNorm over the batches of all ranks; GPUs only."""
     threads: int | None = MISSING
     """Intra-op CPU threads, >= 1; null = torch's own choice. One is fastest for tiny models."""
     deterministic: bool = MISSING
@@ -74,7 +79,18 @@ class Trainer:
             "type trainer.max_epochs=30",
         )
         require(
-            self.devices == 1, "trainer.devices", "be 1", self.devices, "type trainer.devices=1"
+            self.devices == "auto" or (isinstance(self.devices, int) and self.devices >= 1),
+            "trainer.devices",
+            "be >= 1 or auto",
+            self.devices,
+            "type trainer.devices=2 strategy=ddp",
+        )
+        require(
+            self.num_nodes >= 1,
+            "trainer.num_nodes",
+            "be >= 1",
+            self.num_nodes,
+            "type trainer.num_nodes=1",
         )
         for key in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
             value = getattr(self, key)

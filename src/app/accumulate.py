@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from app.batch_size import accumulation_factor
+from app.shares import mean_over_ranks, micro_batch_size, share_of
 
 
 def scheduled_factor(factors: Mapping[int, int], position: int) -> int:
@@ -187,7 +188,7 @@ class Accumulation(pl.Callback):
             "total_weight": self._mean_weight(trainer, pl_module),
             # only the first rank writes: each then goes on with the mean, which adds up to the same
             "gradients": {
-                name: _mean_over_ranks(trainer, parameter.grad)
+                name: mean_over_ranks(trainer, parameter.grad)
                 for name, parameter in pl_module.named_parameters()
                 if self._num_batches and parameter.grad is not None
             },
@@ -223,7 +224,7 @@ class Accumulation(pl.Callback):
         if self.weight_by is None or trainer.world_size == 1:
             return self._total_weight
         weight = torch.tensor(self._total_weight, dtype=torch.float64, device=pl_module.device)
-        return float(_mean_over_ranks(trainer, weight))
+        return float(mean_over_ranks(trainer, weight))
 
     @staticmethod
     def _count(batch: Any, key: str) -> float:
@@ -236,14 +237,6 @@ class Accumulation(pl.Callback):
                 f"the batch {held or f'is a {type(batch).__name__}'}"
             )
         return float(count.sum() if isinstance(count, Tensor) else count)
-
-
-def _mean_over_ranks(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
-    if trainer.world_size == 1:
-        return tensor
-    mean = trainer.strategy.reduce(tensor.clone(), reduce_op="mean")  # in place, hence the clone
-    assert isinstance(mean, Tensor)
-    return mean
 
 
 class ConstantAccumulation(Accumulation):
@@ -311,7 +304,7 @@ class EffectiveBatch(Accumulation):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self.set_micro_batch_size(self.micro_batch_size, world_size=trainer.world_size)
+            self.set_micro_batch_size(self.micro_batch_size, world_size=share_of(trainer).size)
         super().setup(trainer, pl_module, stage)
 
     def set_micro_batch_size(self, size: int, *, world_size: int) -> None:
@@ -323,7 +316,7 @@ class EffectiveBatch(Accumulation):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        served = getattr(trainer.train_dataloader, "batch_size", None)
+        served = micro_batch_size(trainer.train_dataloader)
         if served not in (None, self.micro_batch_size):
             raise ValueError(
                 f"accumulate.micro_batch_size must be the loader's batch size {served}, "

@@ -1,6 +1,15 @@
 """The arithmetic of batch sizes. Imports nothing, so a configuration is checked without torch."""
 
 
+def data_parallel_size(
+    *, devices: int | str, num_nodes: int, tensor_parallel_size: int | None
+) -> int | None:
+    """Ranks that serve different samples; None while `devices` is auto."""
+    if devices == "auto":
+        return None
+    return int(devices) * num_nodes // (tensor_parallel_size or 1)
+
+
 def accumulation_factor(*, batch_size: int, micro_batch_size: int, world_size: int) -> int:
     """Micro-batches per optimizer step that make the effective batch exactly `batch_size`.
 

@@ -1,6 +1,6 @@
 """From a configuration to the objects of a run: the only module that calls `instantiate`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from app.accumulate import Accumulation
 from app.checkpoint import CheckpointFiles, Checkpoints
+from app.data_parallel import DataParallel
 from app.metrics import StepMetrics
 from app.optim import configure_optimizers
 from app.resume import ExactResume
 from app.trainer import Trainer
 
+SINGLE = "app.strategy.single"
 TECHNIQUES = ("accumulate", "clip", "averaging")  # in the order in which they act on a step
 
 
@@ -56,6 +58,12 @@ def build(config: Mapping[str, Any], extra_callbacks: Sequence[pl.Callback]) -> 
     model, data = build_model_and_data(config)
     if config["optimizer"] is not None:
         _replace_optimizers(model, config)
+    _rewrite_forwards(model, config)
+    parallel: list[DataParallel] = []
+    if config["strategy"]["_target_"] != SINGLE:
+        weighted = (config["accumulate"] or {}).get("weight_by") is None
+        parallel.append(DataParallel(weighted=weighted))
+        parallel[0].attach(data, model)
     resume = ExactResume()
     resume.attach(
         data if is_overridden("train_dataloader", data, pl.LightningDataModule) else model
@@ -72,7 +80,14 @@ def build(config: Mapping[str, Any], extra_callbacks: Sequence[pl.Callback]) -> 
         if config["tuner"]["lr"] is not None:
             techniques.append(milestones.LrAtMilestones(config=config))
     loggers = [_make(logger) for logger in (config["logger"] or {}).values() if logger]
-    callbacks = [*techniques, StepMetrics(), resume, *extra_callbacks, *build_callbacks(config)]
+    callbacks = [
+        *techniques,
+        *parallel,
+        StepMetrics(),
+        resume,
+        *extra_callbacks,
+        *build_callbacks(config),
+    ]
     trainer = build_trainer(config, callbacks=callbacks, loggers=loggers)
     return Run(model=model, data=data, trainer=trainer)
 
@@ -107,7 +122,9 @@ def build_trainer(
     has_bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
     trainer: Trainer = instantiate(
         config["trainer"],
+        strategy=_make(config["strategy"]),
         precision=config["precision"]["mode"],
+        matmul=config["precision"]["matmul"],
         run_dir=Path(config["run_dir"]),
         callbacks=callbacks,
         loggers=loggers,
@@ -132,3 +149,28 @@ def _replace_optimizers(model: pl.LightningModule, config: Mapping[str, Any]) ->
     model.configure_optimizers = partial(  # type: ignore[method-assign, assignment]
         configure_optimizers, model, _make(config["optimizer"]), schedule
     )
+
+
+def _rewrite_forwards(model: pl.LightningModule, config: Mapping[str, Any]) -> None:
+    """Checkpoint blocks, then compile: now, or when the model has made its layers."""
+    steps = [_make(config["memory"]).apply] if config["memory"] is not None else []
+    if config["compile"] is not None:
+        accelerator = config["trainer"]["accelerator"]
+        steps.append(partial(_make(config["compile"]).apply, accelerator=accelerator))
+    if steps and is_overridden("configure_model", model):
+        model.configure_model = partial(  # type: ignore[method-assign]
+            _configure_model, model, model.configure_model, steps
+        )
+        return
+    for step in steps:
+        step(model)
+
+
+def _configure_model(
+    model: pl.LightningModule,
+    configure: Callable[[], None],
+    steps: Sequence[Callable[[pl.LightningModule], None]],
+) -> None:
+    configure()
+    for step in steps:
+        step(model)

@@ -1,5 +1,9 @@
-"""Checks a configuration without training: `python -m app.check averaging=ema clip=value`."""
+"""Checks a configuration without training: `python -m app.check averaging=ema clip=value`.
 
+`python -m app.check --matrix` prints which presets run with which strategy.
+"""
+
+import sys
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -63,4 +67,9 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(main, "check", __doc__)
+    if sys.argv[1:] == ["--matrix"]:
+        from app.matrix import matrix
+
+        print(matrix())
+    else:
+        cli.main(main, "check", __doc__)

@@ -3,6 +3,7 @@
 import math
 import os
 import pickle
+import shutil
 import time
 import zipfile
 from collections import OrderedDict
@@ -123,7 +124,12 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 def is_intact(path: Path) -> bool:
-    """Whether the file is there, whole, and every byte is what was written."""
+    """Whether the file is there, whole, and every byte is what was written.
+
+    DeepSpeed's are folders, in which it writes `latest` last.
+    """
+    if path.is_dir():
+        return (path / "latest").exists()
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
@@ -175,6 +181,8 @@ class Checkpoints(Checkpoint):
         self.best_model_score: float | None = None
         self._saved_step = 0
         self._saved_at = time.monotonic()
+        self._late = False
+        self._asked_again_at = 0
 
     @property
     def last(self) -> Path:
@@ -194,7 +202,7 @@ class Checkpoints(Checkpoint):
     ) -> None:
         if self.every_n_steps is None and self.every_min is None:
             return
-        if not self._is_due(trainer) or trainer.is_last_batch:
+        if trainer.is_last_batch or not self._is_due(trainer):
             return
         window_open = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
         if not window_open and not validation_is_due(trainer, batch_idx):
@@ -236,10 +244,24 @@ class Checkpoints(Checkpoint):
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         steps = trainer.global_step - self._saved_step
-        minutes = (time.monotonic() - self._saved_at) / 60
-        return (self.every_n_steps is not None and steps >= self.every_n_steps) or (
-            self.every_min is not None and minutes >= self.every_min and steps > 0
-        )
+        if self.every_n_steps is not None and steps >= self.every_n_steps:
+            return True
+        return self.every_min is not None and steps > 0 and self._is_late(trainer, self.every_min)
+
+    def _is_late(self, trainer: pl.Trainer, every_min: float) -> bool:
+        """Whether the time is up, by rank 0's clock: all ranks save, or none.
+
+        They ask it some twenty times an interval, not at every step.
+        """
+        step = trainer.global_step
+        if step < self._asked_again_at:
+            return self._late
+        seconds = time.monotonic() - self._saved_at
+        steps_per_s = (step - self._saved_step) / max(seconds, 1e-9)
+        pause = max(1, int(steps_per_s * every_min * 60 / 20)) if trainer.world_size > 1 else 1
+        late, pause = trainer.strategy.broadcast((seconds / 60 >= every_min, pause))
+        self._late, self._asked_again_at = late, step + pause
+        return bool(late)
 
     def _is_better(self, score: float) -> bool:
         if math.isnan(score):
@@ -249,8 +271,12 @@ class Checkpoints(Checkpoint):
 
     def _save_last(self, trainer: pl.Trainer) -> None:
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        self._late, self._asked_again_at = False, 0
         if trainer.is_global_zero and self.last.exists():
-            self.last.replace(self.directory / "previous.ckpt")
+            previous = self.directory / "previous.ckpt"
+            if previous.is_dir():
+                shutil.rmtree(previous)
+            self.last.replace(previous)
         trainer.save_checkpoint(self.last, weights_only=False)
 
 

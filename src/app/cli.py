@@ -32,6 +32,20 @@ class Refused(ValueError):  # noqa: N818  # reads as the sentence it is
     """What the user typed cannot be done; the text says what to type instead."""
 
 
+class RankFailed(RuntimeError):  # noqa: N818  # reads as the sentence it is
+    """One of several processes has failed, and the others were ended; the text holds its traceback.
+
+    Attributes:
+        rank: the one that failed first.
+        error: its error in one line.
+    """
+
+    def __init__(self, *, rank: int, error: str, details: str) -> None:
+        super().__init__(details)
+        self.rank = rank
+        self.error = error
+
+
 REFUSALS = (HydraException, OmegaConfBaseException, Refused)
 
 
@@ -59,6 +73,7 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
         return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand us the exception, not a printed text
     refused: list[Exception] = []
+    failed: list[RankFailed] = []
     gc.disable()  # composing makes many objects and no garbage
 
     def guarded(cfg: DictConfig) -> Any:
@@ -69,6 +84,8 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
             if is_of_the_user(error):
                 raise
             refused.append(error)  # raised from here, Hydra would print a traceback's head
+        except RankFailed as failure:
+            failed.append(failure)  # its traceback is that of the rank: ours would hide it
 
     try:
         hydra.main(version_base="1.3", config_path="pkg://app.conf", config_name=config_name)(
@@ -82,8 +99,10 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
         gc.freeze()  # or the interpreter, at its end, looks through all that was composed
     for refusal in refused:
         print(f"{config_name}: {explain(refusal)}", file=sys.stderr)
-    if refused:
-        sys.exit(2)
+    for failure in failed:
+        print(f"{config_name}: {failure}", file=sys.stderr)
+    if refused or failed:
+        sys.exit(1 if failed else 2)
 
 
 def is_of_the_user(error: BaseException) -> bool:

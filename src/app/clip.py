@@ -19,8 +19,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
+
+from app.strategy import Sharded, Spread
 
 Measured = tuple[float, Callable[[], None] | None]
 """The gradient norm, and what clips in place; None where nothing is over its bound."""
@@ -36,6 +39,32 @@ def total_norm(grads: list[Tensor], norm_type: float) -> Tensor:
     norms = torch.stack(torch._foreach_norm(grads, norm_type))
     norm: Tensor = torch.linalg.vector_norm(norms, norm_type)
     return norm
+
+
+def sharded_norm(
+    grads: list[Tensor],
+    norm_type: float,
+    spread: list[tuple[Any, ...]],
+    all_groups: list[tuple[Any, ...]],
+    device: torch.device,
+) -> Tensor:
+    """The p-norm over all elements of all shards, a scalar on `device`; every rank calls it.
+
+    `spread` says for each gradient over which process groups its elements are spread; `all_groups`
+    are those of all parameters, for a rank may have no gradient of some.
+    """
+    is_max = norm_type == math.inf
+    reduce = torch.distributed.ReduceOp.MAX if is_max else torch.distributed.ReduceOp.SUM
+    parts = []
+    for groups in all_groups:
+        mine = [g for g, over in zip(grads, spread, strict=True) if over == groups and g.numel()]
+        norm = total_norm(mine, norm_type).float() if mine else torch.zeros((), device=device)
+        part = norm.to(device) if is_max else norm.to(device) ** norm_type
+        for group in groups:
+            torch.distributed.all_reduce(part, reduce, group=group)
+        parts.append(part)
+    together = torch.stack(parts)
+    return together.amax() if is_max else together.sum() ** (1 / norm_type)
 
 
 def scale_to_(grads: list[Tensor], norm: float, bound: float) -> None:
@@ -65,11 +94,25 @@ def unit_norms(tensors: list[Tensor]) -> Tensor:
 
 
 def adaptive_scales(
-    weights: list[Tensor], grad_norms: Tensor, clip_factor: float, eps: float
+    weight_norms: Tensor, grad_norms: Tensor, clip_factor: float, eps: float
 ) -> Tensor:
     """min(1, clip_factor * max(|w|, eps) / |g|) of every unit, shape (units,); arXiv 2102.06171."""
-    bounds = unit_norms(weights).clamp_min_(eps).mul_(clip_factor)
+    bounds = weight_norms.clamp_min(eps).mul_(clip_factor)
     return bounds.div_(grad_norms).clamp_max_(1.0)
+
+
+def whole_unit_norms(tensors: list[Tensor], spread: list[Spread]) -> Tensor:
+    """`unit_norms` of shards, each the norm of its whole unit; every rank calls it."""
+    sizes = [len(t) if t.ndim > 1 else 1 for t in tensors]
+    norms = list(torch.split(unit_norms(tensors), sizes))
+    for groups in dict.fromkeys(over.units for over in spread):
+        at = [i for i, over in enumerate(spread) if over.units == groups]
+        squares = torch.cat([norms[i] for i in at]).square()
+        for group in groups:
+            torch.distributed.all_reduce(squares, group=group)
+        for i, part in zip(at, torch.split(squares, [len(norms[i]) for i in at]), strict=True):
+            norms[i] = part.sqrt()
+    return torch.cat(norms)
 
 
 def scale_units_(groups: list[tuple[list[Tensor], Tensor]]) -> None:
@@ -135,14 +178,25 @@ class Clip(Callback, ABC):
         self.nonfinite = nonfinite
         self._tallies: list[Tally] = []
         self._model_clips = False
+        self._strategy: Sharded | None = None
+        self._spread: dict[int, Spread] = {}
+        self._groups: list[tuple[Any, ...]] = []
 
     @abstractmethod
     def measure(self, position: int, params: list[Tensor], grads: list[Tensor]) -> Measured:
         """Measure the gradients, unscaled, of one step, with one wait for the device.
 
         `position` is the optimizer's in `trainer.optimizers`. `grads` are those of `params`; of a
-        sparse gradient, the values: (num_rows, ...).
+        sparse gradient, the values: (num_rows, ...); of a sharded one, this rank's shard. Take
+        norms by `self.total_norm`: it is that of the whole model.
         """
+
+    def total_norm(self, grads: list[Tensor], norm_type: float) -> Tensor:
+        """The p-norm over all elements of all gradients, also where they are sharded."""
+        if self._strategy is None:
+            return total_norm(grads, norm_type)
+        spread = [self._spread[id(grad)].elements for grad in grads]
+        return sharded_norm(grads, norm_type, spread, self._groups, self._strategy.root_device)
 
     def lightning_rule(self) -> tuple[float, str] | None:
         """This rule as Lightning's `gradient_clip_val` and `..._algorithm`, where it has it."""
@@ -178,6 +232,7 @@ class Clip(Callback, ABC):
                 f"{trainer.gradient_clip_val}; to clip by Lightning alone use clip=none"
             )
         self._tallies = []
+        self._strategy = trainer.strategy if isinstance(trainer.strategy, Sharded) else None
         rule = self.lightning_rule()
         overridden = is_overridden("configure_gradient_clipping", pl_module)
         if rule is not None and overridden and pl_module.automatic_optimization:
@@ -204,9 +259,9 @@ class Clip(Callback, ABC):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Measure, settle a non-finite norm, clip, count."""
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        params = [p for p in params if p.grad is not None]
-        if not params:
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        params = [p for p in stepped if p.grad is not None]
+        if not params and self._strategy is None:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -217,6 +272,10 @@ class Clip(Callback, ABC):
         tally = self._tallies[position]
 
         grads = [_elements(p) for p in params]
+        if self._strategy is not None:
+            over = self._strategy.spread_over
+            self._spread = {id(g): over(p) for g, p in zip(grads, params, strict=True)}
+            self._groups = list(dict.fromkeys(over(p).elements for p in stepped))
         norm, clip = self.measure(position, params, grads)
         zeroed = not math.isfinite(norm) and self.nonfinite == "clip" and scaler is None
         if zeroed:
@@ -241,9 +300,11 @@ class Clip(Callback, ABC):
 
 
 def _elements(param: Tensor) -> Tensor:
-    """The gradient; of a sparse one its values, which share its memory."""
+    """The gradient; of a sparse one its values, of a sharded one its shard: views of it."""
     grad = param.grad
     assert grad is not None
+    if isinstance(grad, DTensor):
+        return grad.to_local()
     if not grad.is_sparse:
         return grad
     param.grad = grad.coalesce()
@@ -277,7 +338,7 @@ class NormClip(Clip):
         self.norm_type = norm_type
 
     def measure(self, position: int, params: list[Tensor], grads: list[Tensor]) -> Measured:
-        norm = total_norm(grads, self.norm_type).item()
+        norm = self.total_norm(grads, self.norm_type).item()
         over = norm > self.max_norm
         return norm, partial(scale_to_, grads, norm, self.max_norm) if over else None
 
@@ -297,7 +358,7 @@ class ValueClip(Clip):
         self.max_value = max_value
 
     def measure(self, position: int, params: list[Tensor], grads: list[Tensor]) -> Measured:
-        both = [total_norm(grads, 2.0), total_norm(grads, math.inf)]
+        both = [self.total_norm(grads, 2.0), self.total_norm(grads, math.inf)]
         norm, largest = torch.stack(both).tolist()
         return norm, partial(clamp_, grads, self.max_value) if largest > self.max_value else None
 
@@ -360,23 +421,30 @@ class AdaptiveClip(Clip):
             if param in self._excluded:
                 left_alone.append(grad)
                 continue
-            if grad.shape != param.shape:
+            weight = param.to_local() if isinstance(param, DTensor) else param
+            if grad.shape != weight.shape:
                 raise ValueError(
                     "clip=adaptive must have dense gradients, got a sparse one of a parameter of "
                     f"shape {tuple(param.shape)}; name that parameter in clip.exclude"
                 )
             weights, bounded = groups.setdefault(grad.device, ([], []))
-            weights.append(param)
+            weights.append(weight)
             bounded.append(grad)
 
-        norms = [total_norm(left_alone, 2.0)] if left_alone else []
+        norms = [self.total_norm(left_alone, 2.0)] if left_alone else []
         smallest = []
         scaled = []
         for weights, bounded in groups.values():
-            grad_norms = unit_norms(bounded)
-            scales = adaptive_scales(weights, grad_norms, self.clip_factor, self.eps)
-            norms.append(torch.linalg.vector_norm(grad_norms))
-            smallest.append(scales.min())
+            if self._strategy is None:
+                grad_norms, weight_norms = unit_norms(bounded), unit_norms(weights)
+                norms.append(torch.linalg.vector_norm(grad_norms))
+            else:
+                spread = [self._spread[id(grad)] for grad in bounded]
+                grad_norms = whole_unit_norms(bounded, spread)
+                weight_norms = whole_unit_norms(weights, spread)
+                norms.append(self.total_norm(bounded, 2.0))
+            scales = adaptive_scales(weight_norms, grad_norms, self.clip_factor, self.eps)
+            smallest.append(scales.min() if len(scales) else scales.new_ones(()))
             scaled.append((bounded, scales))
 
         device = norms[0].device
@@ -410,7 +478,7 @@ class PercentileClip(Clip):
             self._ordered.clear()
 
     def measure(self, position: int, params: list[Tensor], grads: list[Tensor]) -> Measured:
-        norm = total_norm(grads, 2.0).item()
+        norm = self.total_norm(grads, 2.0).item()
         if not math.isfinite(norm):
             return norm, None
         recent, ordered = self._recent[position], self._ordered[position]

@@ -49,6 +49,11 @@ def checkpoint_path(folder: RunFolder, checkpoint: str) -> Path:
             f"checkpoint must be best, last or the path of a checkpoint, got {checkpoint}: there "
             f"is no {path}; in this run there are: {', '.join(found) or 'none'}"
         )
+    if path.is_dir():
+        raise cli.Refused(
+            f"checkpoint must be a file, got {path}, a folder that DeepSpeed wrote; make one of it "
+            f"with python {path}/zero_to_fp32.py {path} weights.ckpt"
+        )
     return path
 
 
@@ -57,8 +62,10 @@ def evaluate(config: Any, folder: RunFolder, *, stage: str, checkpoint: Path) ->
     with importing():
         import torch
 
-        from app.build import build_callbacks, build_model_and_data, build_trainer
+        from app.build import SINGLE, build_callbacks, build_model_and_data, build_trainer
 
+    # one device sees every sample once, and any strategy's checkpoint is of whole tensors
+    config = {**config, "strategy": {"_target_": SINGLE}}
     model, data = build_model_and_data(config)
     callbacks = {**(config["callbacks"] or {}), "checkpoint": None}
     trainer = build_trainer(config, callbacks=build_callbacks({"callbacks": callbacks}), loggers=[])

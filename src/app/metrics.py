@@ -11,6 +11,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from app.shares import mean_over_ranks
+
 
 @runtime_checkable
 class HasStepMetrics(Protocol):
@@ -75,8 +77,16 @@ class StepMetrics(pl.Callback):
             self._model_logs_loss = "train_loss" in trainer.callback_metrics
         if self._num_epoch_losses and not self._model_logs_loss:
             mean = self._epoch_loss / self._num_epoch_losses
-            pl_module.log("train_loss", mean, logger=False)  # the loggers have every line of it
+            # the loggers have every line of it
+            pl_module.log("train_loss", mean, logger=False, sync_dist=trainer.world_size > 1)
         self._epoch_loss, self._num_epoch_losses = 0.0, 0
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # only the first rank writes: each then goes on with the mean
+        self._losses = [mean_over_ranks(trainer, loss) for loss in self._losses]
+        checkpoint["callbacks"][self.state_key]["losses"] = list(self._losses)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -104,7 +114,7 @@ class StepMetrics(pl.Callback):
         if trainer.optimizers:
             metrics["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
         if self._losses:
-            total = float(torch.stack(self._losses).sum())
+            total = float(mean_over_ranks(trainer, torch.stack(self._losses).sum()))
             metrics["train_loss"] = total / len(self._losses)
             self._epoch_loss += total
             self._num_epoch_losses += len(self._losses)

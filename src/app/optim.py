@@ -32,6 +32,43 @@ def configure_optimizers(
     return {"optimizer": optimizer, "lr_scheduler": make_schedule(optimizer, int(steps))}
 
 
+class AdamW8bit:
+    """AdamW of bitsandbytes, whose moments are of 8 bits (arXiv 2110.02861).
+
+    Args:
+        min_8bit_size: smaller tensors keep moments of 32 bits.
+        The others are AdamW's.
+    """
+
+    def __init__(
+        self,
+        *,
+        lr: float,
+        betas: Sequence[float],
+        eps: float,
+        weight_decay: float,
+        min_8bit_size: int,
+    ) -> None:
+        self.lr = lr
+        self.betas = betas
+        self.eps = eps
+        self.weight_decay = weight_decay
+        self.min_8bit_size = min_8bit_size
+
+    def __call__(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        from bitsandbytes.optim import AdamW8bit as Theirs  # optional, and slow to import
+
+        optimizer: Optimizer = Theirs(
+            parameters,
+            lr=self.lr,
+            betas=(self.betas[0], self.betas[1]),
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            min_8bit_size=self.min_8bit_size,
+        )
+        return optimizer
+
+
 def warmup_decay(step: int, *, shape: str, warmup: int, final: float, total: int) -> float:
     """Multiplier of the peak learning rate at an optimizer step, counted from 0."""
     if step < warmup:

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 
 from app.accumulate import Accumulation
 from app.check import describe
+from app.shares import micro_batch_size, share_of
 
 
 def progress(*, refresh_every_n_batches: int) -> pl.Callback:
@@ -38,15 +39,14 @@ class EpochLines(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
+        metrics = sorted(trainer.callback_metrics.items())  # on every rank: they are means over all
         if not trainer.is_global_zero:
             return
         epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
-        metrics = "  ".join(
-            f"{name} {float(value):.4g}" for name, value in sorted(trainer.callback_metrics.items())
-        )
+        text = "  ".join(f"{name} {float(value):.4g}" for name, value in metrics)
         seconds = time.monotonic() - self._started_at
         print(
-            f"epoch {trainer.current_epoch + 1}{epochs}  step {trainer.global_step}  {metrics}"
+            f"epoch {trainer.current_epoch + 1}{epochs}  step {trainer.global_step}  {text}"
             f"  {seconds:.0f} s",
             flush=True,
         )
@@ -58,23 +58,28 @@ class StartTable(pl.Callback):
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.batch: dict[str, Any] = {}
         self._config = dict(config)
+        self._num_parameters = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        trainable = (p for p in pl_module.parameters() if p.requires_grad)
+        self._num_parameters = sum(p.numel() for p in trainable)  # before they are sharded
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         accumulation = next((c for c in callbacks if isinstance(c, Accumulation)), None)
         by_epoch, by_step = accumulation.schedules if accumulation else ({0: 1}, {0: 1})
         factors = [a * b for a in by_epoch.values() for b in by_step.values()]
-        micro = getattr(trainer.train_dataloader, "batch_size", None)
-        effective = [micro * trainer.world_size * factor for factor in factors if micro]
+        micro = micro_batch_size(trainer.train_dataloader)
+        world_size = share_of(trainer).size
+        effective = [micro * world_size * factor for factor in factors if micro]
         self.batch = {
             "micro_batch": micro,
             "accumulation": _one_or_all(factors),
-            "world_size": trainer.world_size,
+            "world_size": world_size,
             "effective_batch": _one_or_all(effective),
         }
         if not trainer.is_global_zero:
             return
-        parameters = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         steps = trainer.estimated_stepping_batches
         rows = [
             ("run", self._config["run_dir"]),
@@ -82,9 +87,9 @@ class StartTable(pl.Callback):
             (
                 "batch",
                 f"micro-batch {micro or 'unknown'} x accumulation {self.batch['accumulation']} "
-                f"x world size {trainer.world_size} = {self.batch['effective_batch'] or 'unknown'}",
+                f"x world size {world_size} = {self.batch['effective_batch'] or 'unknown'}",
             ),
-            ("length", f"{steps} optimizer steps of {parameters:,} parameters"),
+            ("length", f"{steps} optimizer steps of {self._num_parameters:,} parameters"),
         ]
         if trainer.global_step:
             rows.append(("continues", f"after optimizer step {trainer.global_step}"))

@@ -15,10 +15,15 @@ from app.metrics import read_metrics
 
 
 class Record:
-    """Collects the content of result.json and keeps the file up to date, on a failure too."""
+    """Collects the content of result.json and keeps the file up to date, on a failure too.
 
-    def __init__(self, config: Mapping[str, Any], folder: RunFolder) -> None:
+    Args:
+        writes: whether this process is the one that writes the file.
+    """
+
+    def __init__(self, config: Mapping[str, Any], folder: RunFolder, *, writes: bool) -> None:
         self._folder = folder
+        self._writes = writes
         self._seconds: dict[str, float] = {}
         self.content: dict[str, Any] = {
             "status": "running",
@@ -35,7 +40,7 @@ class Record:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Write the file now and at the end: finished, interrupted or failed."""
-        self._folder.write_result(self.content)
+        self._write()
         try:
             yield
             self.content["status"] = "finished"
@@ -51,6 +56,10 @@ class Record:
             }
             raise
         finally:
+            self._write()
+
+    def _write(self) -> None:
+        if self._writes:
             self._folder.write_result(self.content)
 
     @contextmanager

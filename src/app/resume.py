@@ -1,42 +1,19 @@
 """Continuing a run bit-exactly: the random state and the position in the data."""
 
-import inspect
 import logging
-import random
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
+from app.random_state import draw_apart, random_state, set_random_state
+from app.shares import rebuilt, share_of
+
 log = logging.getLogger(__name__)
-
-
-def random_state() -> dict[str, Any]:
-    """The states of the generators of python, numpy, torch and CUDA, in plain values."""
-    version, words, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "python": [version, torch.tensor(words), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if _uses_cuda() else [],
-    }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what `random_state` returned."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 class ResumableLoader:
@@ -143,19 +120,6 @@ def without_persistent_workers(loader: Any) -> Any:
     return rebuilt(loader, persistent_workers=False)
 
 
-def rebuilt(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
-    """The same loader with other arguments."""
-    arguments = {
-        name: getattr(loader, name)
-        for name in inspect.signature(DataLoader).parameters
-        if hasattr(loader, name)
-    } | changes
-    if arguments["batch_sampler"] is not None:
-        for name in ("batch_size", "shuffle", "sampler", "drop_last"):
-            arguments.pop(name, None)
-    return DataLoader(**arguments)
-
-
 def resumable(loaders: Any) -> tuple[Any, list[ResumableLoader]]:
     """What `train_dataloader` returned with each loader in it made resumable, and those loaders."""
     if not isinstance(loaders, CombinedLoader):
@@ -169,9 +133,10 @@ def resumable(loaders: Any) -> tuple[Any, list[ResumableLoader]]:
 
 
 class ExactResume(pl.Callback):
-    """Keeps the random state and the position in the data with each checkpoint.
+    """Keeps the random state and the position in the data of every rank with each checkpoint.
 
-    Restores both when a continued fit starts to train.
+    Restores both when a continued fit starts to train. In a new fit the ranks but the first draw
+    from generators of their own from there on: dropout differs between shares of the data.
     """
 
     def __init__(self) -> None:
@@ -189,15 +154,20 @@ class ExactResume(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         mid_epoch = not trainer.is_last_batch
-        checkpoint["resume"] = {
+        mine = {
             "random_state": random_state(),
             "positions": [loader.position(mid_epoch=mid_epoch) for loader in self._loaders],
         }
+        checkpoint["resume"] = [mine]
+        if trainer.world_size > 1:
+            checkpoint["resume"] = [mine] * trainer.world_size
+            torch.distributed.all_gather_object(checkpoint["resume"], mine)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._restored = checkpoint.get("resume")
+        every_rank = checkpoint.get("resume")
+        self._restored = every_rank and every_rank[trainer.global_rank]
         self._weights = checkpoint["state_dict"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -209,6 +179,7 @@ class ExactResume(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         restored, self._restored = self._restored, None
         if restored is None:
+            draw_apart(share_of(trainer).rank)
             return
         for loader, position in zip(self._loaders, restored["positions"], strict=True):
             loader.restore(position, epoch=trainer.current_epoch)
@@ -217,10 +188,6 @@ class ExactResume(pl.Callback):
     def _train_dataloader(self, train_dataloader: Callable[[], Any]) -> Any:
         loaders, self._loaders = resumable(train_dataloader())
         return loaders
-
-
-def _uses_cuda() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def _is_stateful(loader: Any) -> bool:

@@ -1,7 +1,8 @@
 """Trains one run: `python -m app.train averaging=ema clip=value`."""
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +13,87 @@ from app import cli
 from app.check import check
 from app.folder import RunFolder
 from app.imports import importing
+from app.launch.ranks import ranks, started_elsewhere
+from app.launch.start import placed, run_ranks
 from app.tuner.answers import recalled
 from app.tuner.keys import startable, with_overrides
 
 
 def main(cfg: DictConfig) -> None:
     """Check the configuration, then train, test and leave the result in the run's folder."""
+    run(cfg, typed=list(HydraConfig.get().overrides.task))
+
+
+def run(cfg: DictConfig, *, typed: Sequence[str]) -> dict[str, Any] | None:
+    """Train a composed configuration, in as many processes as it asks for.
+
+    Returns the content of result.json; None where the run ended after the finders. From a notebook
+    or a script: compose with `name` and `run_dir`, `typed` is what to note in overrides.yaml.
+
+    Raises:
+        Refused: where the configuration is not allowed, or its folder holds another run.
+        RankFailed: where one of several processes failed.
+    """
     try:
-        cfg = startable(cfg)
+        check(startable(cfg))
+        cfg = startable(placed(cfg))
         config = check(cfg)
     except ValueError:
         RunFolder(Path(cfg.run_dir)).remove_if_empty()
         raise
     folder = RunFolder(Path(config["run_dir"]))
-    with folder.locked():
-        if config["resume"] == "never":
-            folder.move_aside()
-        tuned = recalled(config, folder.path)
-        if tuned is not None:
-            config = check(with_overrides(cfg, tuned))
-        folder.refuse_changes(config)
-        result = folder.read_result()
-        if result is not None and result["status"] == "finished":
+    everyone = ranks()
+    with ExitStack() as stack:
+
+        def prepared() -> dict[str, Any]:
+            stack.enter_context(folder.locked())
+            return prepare(cfg, folder)
+
+        found = everyone.first(prepared)
+        if found["result"] is not None:
             print(f"{folder.path} is finished; see {folder.result_path}")
-            return
-        if tuned is None and config["tuner"] is not None:
-            with importing():
-                from app.tuner.find import find
-            config = check(with_overrides(cfg, find(cfg, folder.path)))
-        if config["fit"]:
-            folder.write_config(config, list(HydraConfig.get().overrides.task))
-            train(config, folder)
+            return dict(found["result"])
+        if started_elsewhere() or config["trainer"]["devices"] == 1:
+            return work(cfg, found["tuned"], list(typed))
+        result: dict[str, Any] | None = run_ranks(work, cfg, found["tuned"], list(typed))
+        return result
+
+
+def prepare(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
+    """The result of a run that is finished, and the overrides that an earlier search found.
+
+    Raises Refused where the folder holds another run.
+    """
+    config = check(cfg)
+    if config["resume"] == "never":
+        folder.move_aside()
+    tuned = recalled(config, folder.path)
+    if tuned is not None:
+        config = check(with_overrides(cfg, tuned))
+    folder.refuse_changes(config)
+    result = folder.read_result()
+    is_finished = result is not None and result["status"] == "finished"
+    return {"result": result if is_finished else None, "tuned": tuned}
+
+
+def work(
+    cfg: DictConfig, tuned: Mapping[str, Any] | None, typed: list[str]
+) -> dict[str, Any] | None:
+    """What each rank does: search, if that has not been done, then fit and test."""
+    folder = RunFolder(Path(cfg.run_dir))
+    if tuned is not None:
+        cfg = with_overrides(cfg, tuned)
+    elif cfg.tuner is not None:
+        with importing():
+            from app.tuner.find import find
+        cfg = with_overrides(cfg, find(cfg, folder.path))
+    config = check(cfg)
+    ranks().refuse_different(config)
+    if not config["fit"]:
+        return None
+    if ranks().is_first:
+        folder.write_config(config, typed)
+    return train(config, folder)
 
 
 def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
@@ -52,24 +103,31 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
 
         from app.build import build
         from app.checkpoint import newest_intact
+        from app.launch.signals import LeavesAtBatchEnd
         from app.progress import StartTable
         from app.record import Record, draw_curves
-    record = Record(config, folder)
+    is_first = ranks().is_first
+    record = Record(config, folder, writes=is_first)
     with record.kept():
         with record.phase("build"):
             start = StartTable(config)
-            run = build(config, [start])
-        checkpoint = newest_intact(folder.checkpoints)
-        if checkpoint is not None:
+            leaves = [LeavesAtBatchEnd()] if ranks().size > 1 else []
+            run = build(config, [start, *leaves])
+        checkpoint = ranks().first(lambda: str(newest_intact(folder.checkpoints) or "")) or None
+        if checkpoint is not None and is_first:
             print(f"continuing from {checkpoint}", flush=True)
         with record.phase("fit"):
             try:
                 run.trainer.fit(run.model, datamodule=run.data, ckpt_path=checkpoint)
-            except (KeyboardInterrupt, SystemExit) as stop:
-                print(f"\ninterrupted; to go on type the same with name={config['name']}")
+            except (KeyboardInterrupt, SystemExit, RuntimeError) as stop:
+                asked = leaves[0].received if leaves else None
+                if isinstance(stop, RuntimeError) and asked is None:
+                    raise  # nobody asked: not the end of a rank that left before this one
+                if is_first:
+                    print(f"\ninterrupted; to go on type the same with name={config['name']}")
                 # Lightning says 1 and 0; a shell says 128 and the signal
-                signum = signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT
-                raise SystemExit(128 + signum) from stop
+                is_term = isinstance(stop, SIGTERMException) or asked == signal.SIGTERM
+                raise SystemExit(128 + (signal.SIGTERM if is_term else signal.SIGINT)) from stop
         record.content |= {
             "metrics": {name: float(v) for name, v in run.trainer.callback_metrics.items()},
             "optimizer_steps": run.trainer.global_step,
@@ -85,10 +143,12 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
                 )
             for name, value in (item for part in metrics for item in part.items()):
                 record.content["metrics"][name] = value
-        with record.phase("curves"):
-            draw_curves(folder.path / "metrics.csv", folder.path / "curves.png")
-    text = "  ".join(f"{k} {v:.4g}" for k, v in sorted(record.content["metrics"].items()))
-    print(f"finished  {text}\n{folder.result_path}")
+        if is_first:
+            with record.phase("curves"):
+                draw_curves(folder.path / "metrics.csv", folder.path / "curves.png")
+    if is_first:
+        text = "  ".join(f"{k} {v:.4g}" for k, v in sorted(record.content["metrics"].items()))
+        print(f"finished  {text}\n{folder.result_path}")
     return record.content
 
 

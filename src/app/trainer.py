@@ -1,15 +1,21 @@
 """The Trainer of a run: Lightning's, with the arguments a run chooses and an exact step count."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.strategies import Strategy
 
 from app.accumulate import Accumulation
+from app.launch.ranks import started_elsewhere
+from app.precision import use_matmul
 
 EVERY_BATCH = (
     "on_train_batch_start",
@@ -38,9 +44,12 @@ class Trainer(pl.Trainer):
     Args:
         max_epochs, max_steps, max_minutes: the run ends at whichever comes first; None is no
             limit. A step is an optimizer step.
+        devices, num_nodes: processes of each machine, and machines.
         threads: intra-op threads of torch on the CPU; None leaves torch's own choice. Tiny models
             are faster with one, and give the same weights on every machine load.
         deterministic: refuse operations that have no deterministic implementation.
+        strategy: Lightning's, or its name. "auto" trains this process alone, also where it is one
+            of several.
         run_dir: folder of the run.
         The others are Lightning's.
     """
@@ -55,6 +64,8 @@ class Trainer(pl.Trainer):
         max_minutes: float | None,
         accelerator: str,
         devices: int,
+        num_nodes: int,
+        sync_batchnorm: bool,
         threads: int | None,
         deterministic: bool,
         benchmark: bool | None,
@@ -66,7 +77,9 @@ class Trainer(pl.Trainer):
         num_sanity_val_steps: int,
         log_every_n_steps: int,
         detect_anomaly: bool,
+        strategy: Strategy | str,
         precision: str,
+        matmul: str,
         run_dir: Path,
         callbacks: Sequence[pl.Callback],
         loggers: Sequence[Logger],
@@ -75,6 +88,7 @@ class Trainer(pl.Trainer):
     ) -> None:
         for callback in callbacks:
             switch_off_inherited_hooks(callback)
+        use_matmul(matmul, mode=precision, accelerator=accelerator)
         if threads is not None:
             torch.set_num_threads(threads)
         if (
@@ -85,12 +99,24 @@ class Trainer(pl.Trainer):
             raise ValueError(
                 "precision=fp16 needs a GPU, and there is none here; use precision=bf16"
             )
+        plugins: list[Any] = [checkpoint_io]
+        on: int | list[int] = devices
+        if strategy == "auto":
+            num_nodes, on = 1, 1
+        if strategy == "auto" and started_elsewhere():
+            plugins.append(LightningEnvironment())
+            if accelerator != "cpu" and torch.cuda.is_available():
+                on = [int(os.environ["LOCAL_RANK"])]
         super().__init__(
             max_epochs=-1 if max_epochs is None else max_epochs,
             max_steps=-1 if max_steps is None else max_steps,
             max_time=None if max_minutes is None else {"seconds": round(60 * max_minutes)},
             accelerator=accelerator,
-            devices=devices,
+            strategy=strategy,
+            devices=on,
+            num_nodes=num_nodes,
+            sync_batchnorm=sync_batchnorm,
+            use_distributed_sampler=False,  # DataParallel splits the data
             deterministic=deterministic,
             benchmark=benchmark,
             limit_train_batches=limit_train_batches,
@@ -105,7 +131,7 @@ class Trainer(pl.Trainer):
             default_root_dir=run_dir,
             callbacks=list(callbacks),
             logger=list(loggers),
-            plugins=[checkpoint_io],
+            plugins=plugins,
             enable_checkpointing=any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
             enable_progress_bar=enable_progress_bar,
             enable_model_summary=False,

@@ -4,6 +4,8 @@ import copy
 import inspect
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,6 +24,7 @@ from app.averaging.twin import (
     recompute_norms,
     stand_in,
 )
+from app.strategy import Sharded
 
 RAW = "raw_weights"
 WIDE = "averaged_weights_float32"
@@ -63,6 +66,7 @@ class Averaging(pl.Callback, ABC):
         self.bn_batches = bn_batches
         self._handles: list[RemovableHandle] = []
         self._files: _AveragedCheckpoints | None = None
+        self._sharded: Sharded | None = None
         self._shadow: Shadow | None = None
         self._evaluator: pl.Trainer | None = None
         self._restored: dict[str, dict[str, Tensor]] = {}
@@ -109,6 +113,10 @@ class Averaging(pl.Callback, ABC):
             raise ValueError(
                 "averaging must be one average a run, got several; keep one of the callbacks"
             )
+        self._sharded = trainer.strategy if isinstance(trainer.strategy, Sharded) else None
+        if self._sharded is not None:  # only the first rank would write, and all have to gather
+            self._sharded.showing = self._showing
+            return
         self._files = _AveragedCheckpoints(self, pl_module, trainer.strategy.checkpoint_io)
         trainer.strategy.checkpoint_io = self._files
 
@@ -119,6 +127,21 @@ class Averaging(pl.Callback, ABC):
             found = [key for key in (RAW, WIDE) if key in checkpoint]
             self._restored = {key: checkpoint[key] for key in found}
             self._restored_averages = checkpoint["state_dict"] if found else {}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._sharded is None:
+            return
+        if self._shadow is None:
+            checkpoint |= self._restored
+            return
+        with self._showing(average=False):
+            raw = self._sharded.gathered_weights()
+        averaged = set(self._shadow.names().values())
+        checkpoint[RAW] = {name: tensor for name, tensor in raw.items() if name in averaged}
+        if wider := self._shadow.whole_wider():
+            checkpoint[WIDE] = wider
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._num_steps = state_dict["num_steps"]
@@ -173,7 +196,7 @@ class Averaging(pl.Callback, ABC):
         if self._evaluator is not None:
             self._raw_metrics = evaluate(trainer, pl_module, self._evaluator)
         if self.validate != "raw":
-            self._shadow.swap()
+            self._swap(self._shadow)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for name, value in self._raw_metrics.items():
@@ -197,7 +220,7 @@ class Averaging(pl.Callback, ABC):
             )
             return
         self._refresh_norms(trainer, pl_module)
-        self._shadow.swap()
+        self._swap(self._shadow)
         self._delivered = True
         log.info(
             f"averaging: the run delivers the average of {self._num_updates} updates; the raw "
@@ -235,18 +258,38 @@ class Averaging(pl.Callback, ABC):
         self._show_raw()
         self._shadow, self._evaluator = None, None
         self._restored, self._restored_averages = {}, {}
+        if self._sharded is not None:
+            self._sharded.showing, self._sharded = nullcontext, None
         files, self._files = self._files, None
         if files is not None and trainer.strategy.checkpoint_io is files:
             trainer.strategy.checkpoint_io = files.inner
+
+    @contextmanager
+    def _showing(self, *, average: bool = True) -> Iterator[None]:
+        """Show the average, once it has begun, or the raw weights."""
+        shadow = self._shadow
+        swaps = shadow is not None and shadow.average_is_live != average
+        if shadow is not None and swaps:
+            self._swap(shadow)
+        try:
+            yield
+        finally:
+            if shadow is not None and swaps:
+                self._swap(shadow)
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
+    def _swap(self, shadow: Shadow) -> None:
+        if self._sharded is not None:
+            self._sharded.free_gathered()  # what was gathered before would not know of the swap
+        shadow.swap()
+
     def _show_raw(self) -> None:
         if self._shadow is not None and self._shadow.average_is_live and not self._delivered:
-            self._shadow.swap()
+            self._swap(self._shadow)
 
     def _note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Note that an optimizer stepped, unless nothing had a gradient or the scaler refused."""
@@ -261,7 +304,7 @@ class Averaging(pl.Callback, ABC):
 
     def _update(self, pl_module: pl.LightningModule) -> None:
         if self._shadow is None:
-            self._shadow = Shadow(pl_module)
+            self._shadow = Shadow(pl_module, sharded=self._sharded is not None)
             self._note_norms(pl_module)
             log.info(
                 f"averaging={type(self).__name__.lower()} starts at optimizer step "
@@ -286,6 +329,11 @@ class Averaging(pl.Callback, ABC):
 
     def _check_norms(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = type(pl_module).__name__
+        if self._sharded is not None and self.bn_batches is not None and norms_of(pl_module):
+            raise ValueError(
+                f"averaging.bn_batches runs a copy of {model}, which cannot be made of sharded "
+                "weights; type averaging.bn_batches=null"
+            )
         instead = "type averaging.bn_batches=null to average the running statistics instead"
         if self.bn_batches is not None and norms_of(pl_module):
             if not pl_module.automatic_optimization:
@@ -310,10 +358,10 @@ class Averaging(pl.Callback, ABC):
         assert self.bn_batches is not None
         assert not self._shadow.average_is_live
         self._norms_stale = False
-        self._shadow.swap()
+        self._swap(self._shadow)
         done = recompute_norms(trainer, pl_module, names=self._norms, num_batches=self.bn_batches)
         self._shadow.adopt(f"{norm}.{key}" for norm in self._norms for key in STATISTICS)
-        self._shadow.swap()
+        self._swap(self._shadow)
         if not done:
             rank_zero_warn(
                 f"averaging.bn_batches={self.bn_batches} found no training batch: the data yields "
@@ -326,8 +374,12 @@ class Averaging(pl.Callback, ABC):
         averages, self._restored_averages = self._restored_averages, {}
         if RAW not in restored and self._num_updates == 0:
             return
-        self._shadow = Shadow(pl_module, keep=restored.get(RAW, {}))
-        if RAW in restored:
+        keep = restored.get(RAW, {})
+        self._shadow = Shadow(pl_module, keep=keep, sharded=self._sharded is not None)
+        if RAW in restored and self._sharded is not None:  # the average is what was loaded
+            self._shadow.adopt_shards(restored.get(WIDE, {}))
+            self._sharded.scatter_weights({**averages, **restored[RAW]}, strict=False)
+        elif RAW in restored:
             names = self._shadow.names()
             averages = {  # again: 64-true loads it before the model is of that precision
                 names[id(tensor)]: averages[key]

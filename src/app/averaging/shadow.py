@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class Shadow:
@@ -13,10 +14,16 @@ class Shadow:
     Begins as a copy of the module's. A shadow is of its tensor's dtype, but at least float32.
     `keep` names tensors to take in though frozen. Tensors are listed once: an update costs one
     foreach pass, and a swap one assignment a tensor.
+
+    Of a sharded tensor the shadow is of this rank's shard. The strategy holds the memory of a shard
+    too, so with `sharded` a swap copies.
     """
 
-    def __init__(self, module: torch.nn.Module, keep: Container[str] = ()) -> None:
+    def __init__(
+        self, module: torch.nn.Module, keep: Container[str] = (), *, sharded: bool = False
+    ) -> None:
         self.average_is_live = False
+        self._sharded = sharded
         self._module = module
         self._averages: dict[str, Tensor] = {}
         self._raw: dict[str, Tensor] = {}  # while the average is live
@@ -33,15 +40,23 @@ class Shadow:
         assert not self.average_is_live
         self._follow_buffers()
         for live, averages in self._same:
-            torch._foreach_lerp_(averages, live, weight)
+            torch._foreach_lerp_(averages, self._shards(live), weight)
         for live, averages in self._wider:
             torch._foreach_mul_(averages, 1 - weight)
-            torch._foreach_add_(averages, live, alpha=weight)
+            torch._foreach_add_(averages, self._shards(live), alpha=weight)
 
+    @torch.no_grad()
     def swap(self) -> None:
         """Show the average where the raw tensors are live, and the other way round; exact."""
         self._follow_buffers()
-        if self.average_is_live:
+        if self._sharded:
+            shown = self._raw if self.average_is_live else self._averages
+            shards = {name: _shard(tensor) for name, tensor in self._live.items()}
+            raw = {name: shard.clone() for name, shard in shards.items()}
+            for name, shard in shards.items():
+                shard.copy_(shown[name])
+            self._raw = {} if self.average_is_live else raw
+        elif self.average_is_live:
             for name, tensor in self._live.items():
                 tensor.data = self._raw[name]
             self._raw = {}
@@ -75,6 +90,22 @@ class Shadow:
         """The averages that are wider than the module's tensors, by name."""
         return {name: self._averages[name] for name in self._wider_names}
 
+    def whole_wider(self) -> dict[str, Tensor]:
+        """`wider`, gathered from all ranks, which all call it."""
+        return {name: _like(self._live[name], avg) for name, avg in self.wider().items()}
+
+    @torch.no_grad()
+    def adopt_shards(self, wider: Mapping[str, Tensor]) -> None:
+        """Take this rank's shard of whole averages that are wider than the module's tensors."""
+        for name, whole in wider.items():
+            tensor = self._live[name]
+            if isinstance(tensor, DTensor):
+                placed = distribute_tensor(
+                    whole.to(tensor.device), tensor.device_mesh, tensor.placements
+                )
+                whole = placed.to_local()
+            self._averages[name].copy_(whole)
+
     def names(self) -> dict[int, str]:
         """The name of each live tensor, by `id`: tied ones stand in a state dict several times."""
         self._follow_buffers()
@@ -103,11 +134,12 @@ class Shadow:
             wanted = name in keep or (
                 bool(torch.isfinite(tensor).all()) if is_buffer else tensor.requires_grad
             )
+            name = name.replace("_fsdp_wrapped_module.", "")
             if id(tensor) in seen or not wanted:
                 continue
             if not self.average_is_live and not _fits(self._averages.get(name), tensor):
                 dtype = torch.promote_types(tensor.dtype, torch.float32)
-                self._averages[name] = tensor.detach().to(dtype, copy=True)
+                self._averages[name] = _shard(tensor.detach()).to(dtype, copy=True)
             if name in self._averages:
                 seen.add(id(tensor))
                 self._live[name] = tensor
@@ -127,11 +159,32 @@ class Shadow:
             if tensor.dtype != self._averages[name].dtype
         ]
 
+    def _shards(self, live: list[Tensor]) -> list[Tensor]:
+        return [_shard(tensor) for tensor in live] if self._sharded else live
+
     def _follow_buffers(self) -> None:
         for owner, key, tensor in self._buffers:
             if owner.get(key) is not tensor:  # assigned to, not changed in place
                 self.scan()
                 return
+
+
+def _shard(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, in its memory; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(tensor: Tensor, average: Tensor) -> Tensor:
+    """The whole average of a tensor, on the CPU."""
+    if isinstance(tensor, DTensor):
+        average = DTensor.from_local(
+            average,
+            tensor.device_mesh,
+            tensor.placements,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        ).full_tensor()
+    return average.cpu()
 
 
 def _slots(
@@ -151,6 +204,7 @@ def _slots(
 
 
 def _fits(average: Tensor | None, tensor: Tensor) -> bool:
+    tensor = _shard(tensor)
     return (
         average is not None
         and average.shape == tensor.shape

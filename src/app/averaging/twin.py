@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
+from app.shares import mean_over_ranks
+
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -104,7 +106,8 @@ def recompute_norms(
     for name, live in norms_of(pl_module):
         if name in norms:
             for key in STATISTICS:
-                live.get_buffer(key).copy_(norms[name].get_buffer(key))
+                mean = mean_over_ranks(trainer, norms[name].get_buffer(key))
+                live.get_buffer(key).copy_(mean)
     return True
 
 

@@ -1,8 +1,9 @@
 """Data that fits into memory, served by slicing whole batches: no per-sample collation."""
 
+import copy
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,16 +11,31 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from app.launch.ranks import ranks
+from app.shares import (
+    WHOLE,
+    Share,
+    evaluation_part,
+    num_parts,
+    training_part,
+    training_weight,
+)
+
+
+def generator_of(*numbers: int) -> torch.Generator:
+    """Return a generator seeded by all of `numbers`, each >= 0."""
+    # A generator keeps 32 bits of a seed, and `seed + epoch` would give seed 1 the orders of seed
+    # 0, one epoch late: mix first.
+    mixed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    return torch.Generator().manual_seed(mixed)
+
 
 def epoch_order(*, num_samples: int, seed: int, epoch: int) -> Tensor:
     """Return the permutation of epoch `epoch`: int64 (num_samples,), a function of its arguments.
 
     The global RNG is neither read nor advanced.
     """
-    # The generator keeps 32 bits of a seed and `seed + epoch` would give seed 1 the orders of seed
-    # 0, one epoch late: mix first.
-    mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
-    return torch.randperm(num_samples, generator=torch.Generator().manual_seed(mixed))
+    return torch.randperm(num_samples, generator=generator_of(seed, epoch))
 
 
 class InMemoryLoader:
@@ -32,7 +48,7 @@ class InMemoryLoader:
     Lightning restores this state only within an epoch, but tells the epoch to any loader's
     `batch_sampler.sampler`: so the loader has one, itself.
 
-    Every process gets every sample: nothing is split between ranks.
+    Every process gets every sample, unless it asks for its share by `shard`.
     """
 
     def __init__(
@@ -54,13 +70,33 @@ class InMemoryLoader:
         self._epoch = 0
         self._batches = 0  # served in this epoch
         self._resuming = False
+        self._share = WHOLE
+        self._part = training_part
 
     def __len__(self) -> int:
         """Return the number of batches of a whole epoch, also in a resumed one."""
-        whole, rest = divmod(len(self.dataset), self.batch_size)
-        return whole if self.drop_last or rest == 0 else whole + 1
+        return num_parts(
+            len(self.dataset),
+            batch_size=self.batch_size,
+            share=self._share,
+            drop_last=self.drop_last,
+        )
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def shard(self, share: Share, *, evaluates: bool) -> "InMemoryLoader":
+        """Return a loader of the same tensors that serves one rank's share."""
+        mine = copy.copy(self)
+        mine._seed = ranks().first(lambda: self._seed)  # all go by one order
+        mine._share = share
+        mine._part = evaluation_part if evaluates else training_part
+        return mine
+
+    def weight(self, batch_idx: int) -> float:
+        """Return what this rank's loss counts in a step, where the last does not split evenly."""
+        return training_weight(
+            len(self.dataset), batch_idx, batch_size=self.batch_size, share=self._share
+        )
+
+    def __iter__(self) -> Iterator[Any]:
         start = self._batches
         if not self._resuming or start == len(self):
             self._epoch += start > 0
@@ -72,10 +108,14 @@ class InMemoryLoader:
         else:
             order = torch.arange(num_samples)
         for batch in range(start, len(self)):
-            index = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            index = self._part(order, batch, batch_size=self.batch_size, share=self._share)
             # Counted before the batch leaves: a reader that knows the length never asks again.
             self._epoch, self._batches = epoch, batch + 1
-            yield tuple(tensor.index_select(0, index) for tensor in self.dataset.tensors)
+            yield self.batch(index, epoch=epoch)
+
+    def batch(self, index: Tensor, *, epoch: int) -> Any:
+        """Return the batch of the samples at `index`, int64 (batch,), in epoch `epoch`."""
+        return tuple(tensor.index_select(0, index) for tensor in self.dataset.tensors)
 
     @property
     def batch_sampler(self) -> SimpleNamespace:

@@ -16,7 +16,8 @@ from app.cli import Refused
 from app.folder import write_atomically
 
 NAME = "tuned.yaml"
-DECIDING = ("model", "data", "optimizer", "accumulate", "clip", "averaging", "precision", "tuner")
+DECIDING = ("model", "data", "optimizer", "accumulate", "clip", "averaging", "strategy",
+            "precision", "memory", "compile", "tuner")  # fmt: skip
 """Groups whose settings decide what a finder answers. Not the schedule, which is built from the
 answer, and not the seed, so that a sweep over seeds searches once."""
 
@@ -59,7 +60,7 @@ def cache_key(config: Mapping[str, Any], *, device: str) -> str:
     """Of everything that decides the answers: settings, the user's source, versions, device."""
     decides = {
         **{group: config[group] for group in DECIDING},
-        "threads": config["trainer"]["threads"],
+        **{key: config["trainer"][key] for key in ("threads", "devices", "num_nodes")},
         "source": [_source(config[group]["_target_"]) for group in ("model", "data")],
         "device": device,
     }

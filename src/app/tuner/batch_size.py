@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,26 +10,35 @@ import torch
 from torch.utils.data import DataLoader
 
 from app.build import build_model_and_data, build_trainer
-from app.resume import ResumableLoader, rebuilt
-from app.tuner.probe import fit, is_out_of_memory, release_memory, throwaway
+from app.launch.ranks import ranks
+from app.resume import ResumableLoader
+from app.shares import rebuilt
+from app.tuner.probe import alone, fit, is_out_of_memory, release_memory, throwaway
 from app.tuner.search import Trial
 
 
-def agree_on_smallest(fits: bool) -> bool:
-    """Whether a size fits on every rank. The only place where ranks wait for each other."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return fits
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    answer = torch.tensor(int(fits), device=device)
-    torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN)
-    return bool(answer)
+def of_all_ranks(trial: Trial) -> Trial:
+    """What the ranks found together: the answer of the one with the least memory.
+
+    The only place where they wait for each other: one that runs out of memory leaves none hanging.
+    """
+    found = [Trial(**fields) for fields in ranks().gathered(asdict(trial))]
+    if not all(other.fits for other in found):
+        return Trial(size=trial.size, fits=False, peak_bytes=None, samples_per_s=None)
+    peaks = [other.peak_bytes for other in found if other.peak_bytes is not None]
+    rates = [other.samples_per_s for other in found if other.samples_per_s is not None]
+    return Trial(
+        size=trial.size,
+        fits=True,
+        peak_bytes=max(peaks, default=None),
+        samples_per_s=min(rates, default=None),
+    )
 
 
 class Prober:
     """Tries one micro-batch size after another; only running out of memory means it does not fit.
 
-    Any other error is raised. Under several processes each tries by itself, and all take the answer
-    of the rank with the least memory.
+    Any other error is raised.
 
     Args:
         attempt: runs a size and returns its samples per second; None where that is not measured.
@@ -61,23 +71,19 @@ class Prober:
             peak = torch.cuda.max_memory_reserved()
             fits = fits and (self.capacity_bytes is None or peak <= self.capacity_bytes)
         release_memory()
-        fits = agree_on_smallest(fits)
-        return Trial(
-            size=size,
-            fits=fits,
-            peak_bytes=peak if fits else None,
-            samples_per_s=rate if fits else None,
-        )
+        return of_all_ranks(Trial(size=size, fits=fits, peak_bytes=peak, samples_per_s=rate))
 
 
 def try_fit(config: Mapping[str, Any], *, size: int, num_steps: int) -> float | None:
     """Run what the fit will run at this micro-batch; returns the samples per second.
 
     `num_steps` optimizer steps, >= 2, with their whole accumulation windows, clipping and
-    averaging, then an evaluation step.
+    averaging, then an evaluation step. Of several ranks with whole models each tries by itself.
     """
     timer = StepTimer()
-    run = throwaway(config, num_steps=num_steps, validates=True, callbacks=[timer, LongestFirst()])
+    run = throwaway(
+        alone(config), num_steps=num_steps, validates=True, callbacks=[timer, LongestFirst()]
+    )
     fit(run)
     return size * timer.num_batches / timer.seconds if timer.seconds > 0 else None
 

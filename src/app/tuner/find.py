@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 
-from app.build import build_model_and_data
+from app.build import SINGLE, build_model_and_data
 from app.check import check
 from app.cli import Refused
-from app.tuner.answers import cache_key, read_tuned, searching, write_tuned
+from app.launch.ranks import ranks
+from app.tuner.answers import NAME, cache_key, read_tuned, searching, write_tuned
 from app.tuner.batch_size import Prober, try_evaluation, try_fit
 from app.tuner.keys import (
     BATCH_SIZE_KEYS,
     EVAL_BATCH_SIZE_KEYS,
     LR_KEYS,
+    shares,
     tuned_key,
     typed,
     value_at,
@@ -39,22 +42,35 @@ def find(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Search what the tuner of a composed configuration asks for; returns the overrides.
 
     Looks into the cache first. Writes `tuned.yaml`, and for each search a table and a plot, into
-    `folder`, and prints the overrides as they are typed.
+    `folder`, and prints the overrides as they are typed. All ranks of a run call it.
     """
     config = check(cfg)
     cache = config["tuner"]["cache"]
     if cache is None:
         return _search(cfg, folder)
     path = Path(cache) / f"{cache_key(config, device=device_name(config))}.yaml"
-    with searching(path):
-        if path.exists():
-            overrides = read_tuned(path)
-            print(f"tuner: {typed(overrides) or 'no change'}  (from {path})", flush=True)
-        else:
-            overrides = _search(cfg, folder)
-            path.write_bytes((folder / "tuned.yaml").read_bytes())
-    (folder / "tuned.yaml").write_bytes(path.read_bytes())
+    with ExitStack() as stack:
+
+        def found_before() -> dict[str, Any] | None:
+            stack.enter_context(searching(path))
+            return read_tuned(path) if path.exists() else None
+
+        overrides = ranks().first(found_before)
+        if overrides is not None:
+            say(f"tuner: {typed(overrides) or 'no change'}  (from {path})")
+            if ranks().is_first:
+                (folder / NAME).write_bytes(path.read_bytes())
+            return overrides
+        overrides = _search(cfg, folder)
+        if ranks().is_first:
+            path.write_bytes((folder / NAME).read_bytes())
     return overrides
+
+
+def say(text: str) -> None:
+    """Print, once for all ranks."""
+    if ranks().is_first:
+        print(text, flush=True)
 
 
 def device_name(config: Mapping[str, Any]) -> str:
@@ -77,11 +93,13 @@ def _search(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         provenance |= about
         if not complete:
             path = folder / "tuned_so_far.yaml"
-            write_tuned(path, overrides, provenance)
-            print(f"tuner: interrupted; so far {typed(overrides)}  (in {path})", flush=True)
+            if ranks().is_first:
+                write_tuned(path, overrides, provenance)
+            say(f"tuner: interrupted; so far {typed(overrides)}  (in {path})")
             raise SystemExit(128 + signal.SIGINT)
-    write_tuned(folder / "tuned.yaml", overrides, provenance)
-    print(f"tuner: {typed(overrides) or 'no change'}", flush=True)
+    if ranks().is_first:
+        write_tuned(folder / NAME, overrides, provenance)
+    say(f"tuner: {typed(overrides) or 'no change'}")
     return overrides
 
 
@@ -102,8 +120,9 @@ def find_batch_size(cfg: DictConfig, folder: Path) -> Found:
         setting="tuner.batch_size.key",
     )
     answer, reason = batch_size_of(config, key=key)
-    print(f"tuner: {key}={answer.size}: {reason}", flush=True)
-    draw_batch_size(answer, key=key, path=folder / "batch_size")
+    say(f"tuner: {key}={answer.size}: {reason}")
+    if ranks().is_first:
+        draw_batch_size(answer, key=key, path=folder / "batch_size")
     about = {"batch_size": {"trials": len(answer.trials), "reason": reason}}
     return {key: answer.size}, about, answer.complete
 
@@ -122,8 +141,9 @@ def batch_size_of(config: Mapping[str, Any], *, key: str) -> tuple[Answer, str]:
         settings=settings,
         key=key,
         bound=bound,
-        divisors_of=None if target is None else target // config["trainer"]["devices"],
+        divisors_of=None if target is None else target // (shares(config) or 1),
         on_gpu=device_name(config) != "cpu",
+        provoke=config["strategy"]["_target_"] in (SINGLE, "app.strategy.ddp"),
     )
     return answer, why if answer.size == bound else answer.reason
 
@@ -155,8 +175,9 @@ def find_eval_batch_size(
         bound=settings["max_val"] or LARGEST,
         divisors_of=None,
         on_gpu=device_name(config) != "cpu",
+        provoke=True,
     )
-    print(f"tuner: {key}={answer.size}: {answer.reason}", flush=True)
+    say(f"tuner: {key}={answer.size}: {answer.reason}")
     return {key: answer.size}
 
 
@@ -175,8 +196,12 @@ def search(
     bound: int,
     divisors_of: int | None,
     on_gpu: bool,
+    provoke: bool,
 ) -> Answer:
-    """Search as the settings of `tuner.batch_size` say; prints each trial."""
+    """Search as the settings of `tuner.batch_size` say; prints each trial.
+
+    Without `provoke` no size is tried that may run out of memory: on a GPU, by its reported memory.
+    """
     prober = Prober(attempt=attempt, on_gpu=on_gpu, memory_fraction=settings["memory_fraction"])
     mode = settings["mode"]
     if mode == "auto":
@@ -192,7 +217,7 @@ def search(
         rate = "" if trial.samples_per_s is None else f"  {trial.samples_per_s:,.0f} samples/s"
         memory = "" if trial.peak_bytes is None else f"  {trial.peak_bytes / 2**30:.2f} GiB"
         fits = "fits" if trial.fits else "does not fit"
-        print(f"tuner: {key}={size} {fits}{memory}{rate}", flush=True)
+        say(f"tuner: {key}={size} {fits}{memory}{rate}")
         return trial
 
     return search_batch_size(
@@ -206,7 +231,7 @@ def search(
         margin=settings["margin"],
         capacity_bytes=prober.capacity_bytes,
         goal=settings["goal"],
-        provoke=True,
+        provoke=provoke or prober.capacity_bytes is None,
     )
 
 
@@ -217,7 +242,7 @@ def largest_allowed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> t
         bounds.append((settings["max_val"], "tuner.batch_size.max_val is reached"))
     samples = num_samples(config)
     if samples is not None:
-        size = max(1, samples // settings["min_batches"])
+        size = max(1, samples // (settings["min_batches"] * (shares(config) or 1)))
         bounds.append(
             (
                 size,
@@ -270,9 +295,10 @@ def find_lr(cfg: DictConfig, folder: Path) -> Found:
         )
         found = suggest(lrs, losses, rule=settings["rule"])
         name = f"lr_find_{position}" if several else "lr_find"
-        draw_lr(lrs, losses, found, key=key, path=folder / name)
+        if ranks().is_first:
+            draw_lr(lrs, losses, found, key=key, path=folder / name)
         if found.doubt is not None:
-            print(f"tuner: {key}: {found.doubt}", flush=True)
+            say(f"tuner: {key}: {found.doubt}")
         if found.lr is not None and (found.doubt is None or settings["on_doubt"] == "use"):
             overrides[key] = float(f"{found.lr:.3g}")
         about[f"lr {key}"] = {"steps": len(losses), "rules": found.by_rule, "doubt": found.doubt}

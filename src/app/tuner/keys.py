@@ -1,10 +1,12 @@
 """Which keys are tuned, and how an answer becomes part of a configuration. Needs no torch."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from app.batch_size import data_parallel_size
 from app.cli import Refused
 
 BATCH_SIZE_KEYS = ("data.batch_size", "model.batch_size")
@@ -54,13 +56,26 @@ def startable(cfg: DictConfig) -> DictConfig:
     size = OmegaConf.select(cfg, key)
     if target is None or not isinstance(size, int):
         return cfg
+    world_size = shares(cfg) or 1
+    if target % world_size != 0:
+        return cfg  # which check refuses
+    target //= world_size
     divisor = next(n for n in range(min(size, target), 0, -1) if target % n == 0)
     return with_overrides(cfg, {key: divisor})
 
 
+def shares(config: Any) -> int | None:
+    """Ranks of a configuration that serve different samples; None while trainer.devices=auto."""
+    return data_parallel_size(
+        devices=config["trainer"]["devices"],
+        num_nodes=config["trainer"]["num_nodes"],
+        tensor_parallel_size=config["strategy"].get("tensor_parallel_size"),
+    )
+
+
 def with_overrides(cfg: DictConfig, overrides: Mapping[str, Any]) -> DictConfig:
     """A copy of the composed configuration with the overrides, as if they had been typed."""
-    found = OmegaConf.masked_copy(cfg, [str(key) for key in cfg])
+    found = copy.deepcopy(cfg)  # with its type, whose rules are checked
     for key, value in overrides.items():
         OmegaConf.update(found, key, value, force_add=True)
     return found

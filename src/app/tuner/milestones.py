@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
 
 from app.accumulate import EffectiveBatch
+from app.shares import share_of
 from app.tuner.find import batch_size_of
 from app.tuner.keys import BATCH_SIZE_KEYS, tuned_key
 from app.tuner.lr import range_test
@@ -126,7 +127,7 @@ class BatchSizeAtMilestones(pl.Callback):
         setattr(owner, name, size)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EffectiveBatch):
-                callback.set_micro_batch_size(size, world_size=trainer.world_size)
+                callback.set_micro_batch_size(size, world_size=share_of(trainer).size)
 
     def _owner(self, trainer: pl.Trainer) -> tuple[Any, str]:
         """The object that makes the loaders, and its attribute that says their batch size."""

@@ -8,7 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from app.build import Run, build
+from app.build import SINGLE, Run, build
+from app.tuner.keys import shares
 
 OUT_OF_MEMORY = (
     "out of memory",  # CUDA, HIP (ROCm), XPU, MPS
@@ -44,6 +45,7 @@ def throwaway(
     configuration and its schedule of the learning rate are off.
     """
     accumulate = _at_its_start(config["accumulate"])
+    factor = _factor({**config, "accumulate": accumulate})
     changed = {
         **config,
         "scheduler": None,
@@ -58,7 +60,7 @@ def throwaway(
             "max_steps": num_steps,
             "max_minutes": None,
             # an evaluation step follows the last batch of an epoch
-            "limit_train_batches": num_steps * _factor(accumulate) if validates else None,
+            "limit_train_batches": num_steps * factor if validates else None,
             "limit_val_batches": 1 if validates else 0,
             "val_check_interval": 1.0,
             "check_val_every_n_epoch": 1,
@@ -66,6 +68,16 @@ def throwaway(
         },
     }
     return build(changed, callbacks)
+
+
+def alone(config: Mapping[str, Any]) -> dict[str, Any]:
+    """One rank of a run as a run of its own, if it holds a whole model: its memory is the same."""
+    if config["strategy"]["_target_"] != "app.strategy.ddp":
+        return dict(config)
+    accumulate = config["accumulate"]
+    if accumulate is not None and "batch_size" in accumulate:
+        accumulate = _constant(_factor(config), accumulate["weight_by"])
+    return {**config, "strategy": {"_target_": SINGLE}, "accumulate": accumulate}
 
 
 def fit(run: Run) -> None:
@@ -87,20 +99,26 @@ def release_memory() -> None:
 def _at_its_start(accumulate: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if accumulate is None or "starts" not in accumulate:
         return None if accumulate is None else dict(accumulate)
+    return _constant(accumulate["factors"][0], accumulate["weight_by"])
+
+
+def _constant(factor: int, weight_by: str | None) -> dict[str, Any]:
     return {
         "_target_": "app.accumulate.ConstantAccumulation",
-        "factor": accumulate["factors"][0],
-        "weight_by": accumulate["weight_by"],
+        "factor": factor,
+        "weight_by": weight_by,
     }
 
 
-def _factor(accumulate: Mapping[str, Any] | None) -> int:
+def _factor(config: Mapping[str, Any]) -> int:
     """Micro-batches of an optimizer step, on one rank."""
+    accumulate = config["accumulate"]
     if accumulate is None:
         return 1
     if "factor" in accumulate:
         return int(accumulate["factor"])
-    return int(accumulate["batch_size"] // accumulate["micro_batch_size"])
+    samples = accumulate["micro_batch_size"] * (shares(config) or 1)
+    return int(accumulate["batch_size"] // samples)
 
 
 def _at_once(averaging: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -1,0 +1,156 @@
+"""Memory of four processes over one data set of 1 GB, each way of holding it, in each way shared.
+
+Printed are the PSS of the parent and its four processes, after each has read every page, above that
+of the same processes with hardly any data, in GB; the private part of it; and the seconds until all
+have read. PSS counts a page that n processes map as 1/n in each. Target: at most 1.1 GB with
+sharing=shared and sharing=mmap, where every process on its own holds 4 (the parent has none).
+
+Run as `python benchmarks/sharing.py`, or with a smaller size in GB: `... sharing.py 0.25`.
+"""
+
+import gc
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+
+from app.sharing import Mmap, Shared
+
+KINDS = ("tensor", "numpy", "list")
+MODES = ("none", "shared", "mmap")
+NUM_PROCESSES = 4
+ITEM_BYTES = 4096
+TARGET_GB = 1.1
+SETTINGS = {"min_bytes": 1024, "min_items": 1000}
+
+
+class Data(pl.LightningDataModule):
+    """Holds `num_bytes`, as one tensor, one array, or a list of arrays of 4 KB."""
+
+    def __init__(self, *, kind: str, num_bytes: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.num_bytes = num_bytes
+
+    def setup(self, stage: str) -> None:
+        shape = (self.num_bytes // ITEM_BYTES, ITEM_BYTES // 4)
+        if self.kind == "tensor":
+            self.train: Any = torch.ones(shape)
+        elif self.kind == "numpy":
+            self.train = np.ones(shape, np.float32)
+        else:
+            self.train = [np.full(shape[1], index % 7, np.float32) for index in range(shape[0])]
+
+    def read(self) -> float:
+        """Read every page."""
+        if self.kind == "list":
+            return float(sum(item[0] for item in self.train))
+        return float(self.train[:, 0].sum())
+
+
+def memory(pid: int | str) -> dict[str, float]:
+    """PSS and private bytes of a process."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    private = sizes["Private_Clean"] + sizes["Private_Dirty"]
+    return {"pss": sizes["Pss"], "private": private}
+
+
+def made(mode: str, about: Mapping[str, Any], cache: str) -> tuple[Data, Any, dict[str, Any]]:
+    """The data module, how it is shared, and the configuration of both."""
+    data = Data(**about)
+    kinds: dict[str, Any] = {"shared": Shared, "mmap": Mmap}
+    sharing = kinds[mode](cache=cache, **SETTINGS) if mode in kinds else None
+    return data, sharing, {"data": about, "sharing": SETTINGS}
+
+
+def work(rank: int, mode: str, about: dict[str, Any], cache: str, packs: Any, ready: Any) -> None:
+    """One of the processes."""
+    data, sharing, config = made(mode, about, cache)
+    if packs is not None:
+        Shared.give(packs)
+    if sharing is not None:
+        sharing.attach(data, config)
+    data.setup("fit")
+    data.read()
+    gc.collect()
+    ready.wait()  # all have read
+    ready.wait()  # all are measured
+
+
+def measure(mode: str, kind: str, num_bytes: int) -> dict[str, float]:
+    """Start the processes, and measure them when all have read."""
+    about = {"kind": kind, "num_bytes": num_bytes}
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["sharing", "app.sharing"])
+    with tempfile.TemporaryDirectory(dir=".", prefix=".sharing-") as cache:
+        start_server(context)
+        start, packs = time.perf_counter(), None
+        ready = context.Barrier(NUM_PROCESSES + 1)
+        if mode == "shared":
+            data, sharing, config = made(mode, about, cache)
+            packs = sharing.collect(data, config, stages=["fit"], num_processes=NUM_PROCESSES)
+            del data
+        arguments = (mode, about, cache, packs, ready)
+        processes = [context.Process(target=work, args=(n, *arguments)) for n in range(4)]
+        for process in processes:
+            process.start()
+        ready.wait()
+        seconds = time.perf_counter() - start
+        sizes = [memory(pid) for pid in ("self", *(process.pid for process in processes))]
+        ready.wait()
+        for process in processes:
+            process.join()
+    total = {name: sum(size[name] for size in sizes) for name in sizes[0]}
+    return {**total, "seconds": seconds}
+
+
+def start_server(context: Any) -> None:
+    """Let the server have its modules before the clock starts."""
+    process = context.Process(target=time.sleep, args=(0,))
+    process.start()
+    process.join()
+
+
+def in_a_process(mode: str, kind: str, num_bytes: int) -> dict[str, float]:
+    """Measure in a process of its own: nothing is left of the case before."""
+    command = [sys.executable, __file__, "--measure", mode, kind, str(num_bytes)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found: dict[str, float] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Measure each kind and mode."""
+    if sys.argv[1:2] == ["--measure"]:
+        logging.disable()
+        mode, kind, num_bytes = sys.argv[2:]
+        print(json.dumps(measure(mode, kind, int(num_bytes))))
+        return
+    num_gb = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
+    num_bytes = int(num_gb * 2**30)
+    print(f"{num_gb:g} GB, {NUM_PROCESSES} processes   PSS GB  private GB  seconds  target")
+    for kind in KINDS:
+        base = in_a_process("none", kind, 8 * 1000 * ITEM_BYTES // 8)
+        for mode in MODES:
+            found = in_a_process(mode, kind, num_bytes)
+            pss, private = ((found[name] - base[name]) / 2**30 for name in ("pss", "private"))
+            line = f"{kind:<8}{mode:<18}{pss:>8.2f}{private:>12.2f}{found['seconds']:>9.1f}"
+            if mode != "none":
+                target = TARGET_GB * num_gb
+                line += f"  <= {target:.2f}  {'met' if pss <= target else 'MISSED'}"
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""How several processes train one model: one process a device, started from the composed config.
+
+Processes of this machine are started by torch's elastic agent, the engine of torchrun, whatever the
+preset; started by torchrun or srun already, nothing is launched. Every rank draws the same order of
+samples and trains on its own share; each sample of an epoch is seen once.
+
+| preset          | what it does                                               | source            |
+|-----------------|------------------------------------------------------------|-------------------|
+| single          | one process, one device                                    |                   |
+| ddp             | a model in each process, gradients averaged                | arXiv 2006.15704  |
+| ddp_spawn       | the same, each process started anew, none forked           |                   |
+| ddp_find_unused | the same, where a step leaves parameters out               |                   |
+| fsdp            | weights, gradients and optimizer state are sharded         | arXiv 2304.11277  |
+| fsdp2           | the same, parameter by parameter                           | torch fully_shard |
+| tp_fsdp2        | linear layers split over devices; fsdp2 over their groups  | arXiv 1909.08053  |
+| deepspeed_zero* | ZeRO, stage 1, 2, 3, each with _offload: GPUs,             | arXiv 1910.02054  |
+|                 | pip install app[deepspeed]                                 |                   |
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from omegaconf import MISSING
+
+from ..rules import require
+
+
+class StartMethod(str, Enum):
+    """How the processes of this machine begin."""
+
+    forkserver = "forkserver"
+    spawn = "spawn"
+
+
+class Sharding(str, Enum):
+    """What FSDP shards."""
+
+    full = "full"
+    gradients = "gradients"
+    hybrid = "hybrid"
+
+
+@dataclass(kw_only=True)
+class Single:
+    """One process on one device."""
+
+    _target_: str = "app.strategy.single"
+
+
+@dataclass(kw_only=True)
+class Processes:
+    """What every strategy of several processes has."""
+
+    start_method: StartMethod = MISSING
+    """forkserver starts in a fraction of a second where torch is imported; spawn begins anew."""
+    timeout_min: float = MISSING
+    """Minutes that a rank waits for the others before the run fails, > 0."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.timeout_min > 0,
+            "strategy.timeout_min",
+            "be > 0",
+            self.timeout_min,
+            "type strategy.timeout_min=30",
+        )
+
+
+@dataclass(kw_only=True)
+class Ddp(Processes):
+    """A copy of the model in each process: torch's DistributedDataParallel."""
+
+    _target_: str = "app.strategy.ddp"
+    find_unused_parameters: bool = MISSING
+    """Allow parameters without a gradient in a step; slower."""
+    static_graph: bool = MISSING
+    """Promise that every step uses the same parameters."""
+    gradient_as_bucket_view: bool = MISSING
+    """Keep the gradients in the buffers that are sent: one copy less."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not (self.find_unused_parameters and self.static_graph),
+            "strategy.static_graph",
+            "be false where unused parameters are looked for",
+            self.static_graph,
+            "use strategy=ddp",
+        )
+
+
+@dataclass(kw_only=True)
+class Shards(Processes):
+    """Which modules are sharded as a whole, for a model without a `configure_model` of its own.
+
+    Each is gathered while it runs, the rest of the model as one more.
+    """
+
+    shard_classes: list[str] = MISSING
+    """Class names of the blocks, such as TransformerEncoderLayer; [] = by size."""
+    shard_min_parameters: int | None = MISSING
+    """Without class names: parameters that make a block, >= 1; null = the model is one block."""
+    offload: bool = MISSING
+    """Keep the shards in the memory of the CPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = self.shard_min_parameters
+        require(
+            least is None or least >= 1,
+            "strategy.shard_min_parameters",
+            "be >= 1",
+            least,
+            "for one block type strategy.shard_min_parameters=null",
+        )
+
+
+@dataclass(kw_only=True)
+class Fsdp(Shards):
+    """Fully sharded data parallel with flat parameters: Lightning's FSDPStrategy."""
+
+    _target_: str = "app.strategy.fsdp"
+    sharding: Sharding = MISSING
+    """full, gradients (weights stay whole between steps), or hybrid (whole across machines)."""
+
+
+@dataclass(kw_only=True)
+class Fsdp2(Shards):
+    """Fully sharded data parallel parameter by parameter: Lightning's ModelParallelStrategy."""
+
+    _target_: str = "app.strategy.fsdp2"
+    reshard_after_forward: bool = MISSING
+    """Gather a block again for its backward pass: less memory, more traffic."""
+
+
+@dataclass(kw_only=True)
+class TpFsdp2(Fsdp2):
+    """Tensor parallel linear layers, and fsdp2 over the groups of devices that share them."""
+
+    _target_: str = "app.strategy.tp_fsdp2"
+    tensor_parallel_size: int = MISSING
+    """Devices that split a layer, >= 1; divides the number of processes."""
+    colwise: list[str] = MISSING
+    """Patterns of names of linear layers split by their outputs: the first of a pair."""
+    rowwise: list[str] = MISSING
+    """Patterns of names of linear layers split by their inputs: the second of a pair."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.tensor_parallel_size >= 1,
+            "strategy.tensor_parallel_size",
+            "be >= 1",
+            self.tensor_parallel_size,
+            "type strategy.tensor_parallel_size=2",
+        )
+        require(
+            len(self.colwise) > 0 and len(self.rowwise) > 0,
+            "strategy.colwise and strategy.rowwise",
+            "name layers",
+            [*self.colwise, *self.rowwise],
+            "use strategy=fsdp2 to split none",
+        )
+
+
+@dataclass(kw_only=True)
+class DeepSpeed(Processes):
+    """DeepSpeed's engine: Lightning's DeepSpeedStrategy."""
+
+    _target_: str = "app.strategy.deepspeed"
+    stage: int = MISSING
+    """What is sharded: 1 optimizer state, 2 gradients too, 3 weights too."""
+    offload_optimizer: bool = MISSING
+    """Keep the optimizer state in the memory of the CPU."""
+    offload_parameters: bool = MISSING
+    """Keep the weights there too; stage 3."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.stage in (1, 2, 3),
+            "strategy.stage",
+            "be 1, 2 or 3",
+            self.stage,
+            "type strategy.stage=2",
+        )
+        require(
+            self.stage == 3 or not self.offload_parameters,
+            "strategy.offload_parameters",
+            "be false below stage 3",
+            self.offload_parameters,
+            "use strategy=deepspeed_zero3_offload",
+        )
+
+
+PRESETS = {
+    "single": Single,
+    **dict.fromkeys(("ddp", "ddp_spawn", "ddp_find_unused"), Ddp),
+    "fsdp": Fsdp,
+    "fsdp2": Fsdp2,
+    "tp_fsdp2": TpFsdp2,
+    **{
+        f"deepspeed_zero{stage}{offload}": DeepSpeed
+        for stage in (1, 2, 3)
+        for offload in ("", "_offload")
+    },
+}
