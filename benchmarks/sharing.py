@@ -5,17 +5,20 @@ of the same processes with hardly any data, in GB; the private part of it; and t
 have read. PSS counts a page that n processes map as 1/n in each. Target: at most 1.1 GB with
 sharing=shared and sharing=mmap, where every process on its own holds 4 (the parent has none).
 
-Run as `python benchmarks/sharing.py`, or with a smaller size in GB: `... sharing.py 0.25`.
+First four bare processes, then whole commands of `app.train` with four ranks, all their processes
+counted. Run as `python benchmarks/sharing.py`, or with a smaller size in GB: `... sharing.py 0.25`.
 """
 
 import gc
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,9 @@ class Data(pl.LightningDataModule):
             self.train = np.ones(shape, np.float32)
         else:
             self.train = [np.full(shape[1], index % 7, np.float32) for index in range(shape[0])]
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.zeros(32, 4), batch_size=4)
 
     def read(self) -> float:
         """Read every page."""
@@ -122,6 +128,69 @@ def start_server(context: Any) -> None:
     process.join()
 
 
+class Tiny(pl.LightningModule):
+    """A model for whole runs over `Data`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.net(batch).mean()
+
+
+class Measure(pl.Callback):
+    """Writes, when every rank has read all, the memory of all processes of the command."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.datamodule.read()  # type: ignore[attr-defined]
+        gc.collect()
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            sizes = [memory(pid) for pid in processes_of(os.getsid(0))]
+            total = {name: sum(size[name] for size in sizes) for name in sizes[0]}
+            self.path.write_text(json.dumps({**total, "seconds": time.time()}))
+        trainer.strategy.barrier()
+
+
+def processes_of(session: int) -> list[int]:
+    """The processes that one command has started, and it itself."""
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if os.path.exists(f"/proc/{pid}") and os.getsid(pid) == session]
+
+
+def whole_run(strategy: str, mode: str, kind: str, num_bytes: int) -> dict[str, float]:
+    """The memory of a whole command of `app.train` with a rank for each process."""
+    with tempfile.TemporaryDirectory(dir=".", prefix=".sharing-") as folder:
+        found = Path(folder, "found.json").absolute()
+        chosen = [f"sharing={mode}"]
+        if mode != "none":
+            chosen += [f"sharing.{key}={value}" for key, value in SETTINGS.items()]
+        command = [
+            sys.executable, "-m", "app.train", *chosen, f"strategy={strategy}",
+            f"trainer.devices={NUM_PROCESSES}", "trainer.accelerator=cpu", "trainer.max_epochs=1",
+            "trainer.limit_val_batches=0", "test=none", "logger=none", "callbacks.checkpoint=null",
+            "model=custom", "model._target_=sharing.Tiny", "data=custom",
+            "data._target_=sharing.Data", f"+data.kind={kind}", f"+data.num_bytes={num_bytes}",
+            "+callbacks.measure._target_=sharing.Measure", f"+callbacks.measure.path={found}",
+        ]  # fmt: skip
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        start = time.time()
+        subprocess.run(
+            command,
+            check=True,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            start_new_session=True,
+        )
+        sizes: dict[str, float] = json.loads(found.read_text())
+    return {**sizes, "seconds": sizes["seconds"] - start}
+
+
 def in_a_process(mode: str, kind: str, num_bytes: int) -> dict[str, float]:
     """Measure in a process of its own: nothing is left of the case before."""
     command = [sys.executable, __file__, "--measure", mode, kind, str(num_bytes)]
@@ -138,14 +207,21 @@ def main() -> None:
         print(json.dumps(measure(mode, kind, int(num_bytes))))
         return
     num_gb = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
-    num_bytes = int(num_gb * 2**30)
-    print(f"{num_gb:g} GB, {NUM_PROCESSES} processes   PSS GB  private GB  seconds  target")
+    print(f"{num_gb:g} GB, {NUM_PROCESSES} processes     PSS GB  private GB  seconds  target")
+    compare("", in_a_process, num_gb)
+    for strategy in ("ddp", "ddp_spawn"):
+        compare(strategy, partial(whole_run, strategy), num_gb)
+
+
+def compare(title: str, measured: Callable[..., dict[str, float]], num_gb: float) -> None:
+    """Print a line for each kind and mode."""
     for kind in KINDS:
-        base = in_a_process("none", kind, 8 * 1000 * ITEM_BYTES // 8)
+        base = measured("none", kind, 1000 * ITEM_BYTES)
         for mode in MODES:
-            found = in_a_process(mode, kind, num_bytes)
+            found = measured(mode, kind, int(num_gb * 2**30))
             pss, private = ((found[name] - base[name]) / 2**30 for name in ("pss", "private"))
-            line = f"{kind:<8}{mode:<18}{pss:>8.2f}{private:>12.2f}{found['seconds']:>9.1f}"
+            line = f"{title:<10}{kind:<7}{mode:<7}{pss:>10.2f}{private:>12.2f}"
+            line += f"{found['seconds']:>9.1f}"
             if mode != "none":
                 target = TARGET_GB * num_gb
                 line += f"  <= {target:.2f}  {'met' if pss <= target else 'MISSED'}"

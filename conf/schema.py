@@ -450,6 +450,20 @@ RULES = (
         ),
     ),
     Rule(
+        lambda run: run.trainer.sync_batchnorm and run.trainer.accelerator == "cpu",
+        lambda run: (
+            "trainer.sync_batchnorm needs GPUs: trainer.accelerator=cpu has no synchronized "
+            "BatchNorm; type trainer.sync_batchnorm=false"
+        ),
+    ),
+    Rule(
+        lambda run: run.trainer.sync_batchnorm and _is(run.strategy, SINGLE),
+        lambda run: (
+            "trainer.sync_batchnorm has no effect with strategy=single; type strategy=ddp, or "
+            "trainer.sync_batchnorm=false"
+        ),
+    ),
+    Rule(
         lambda run: _is(run.strategy, SINGLE) and _num_processes(run) > 1,
         lambda run: (
             f"trainer.devices={run.trainer.devices} and trainer.num_nodes={run.trainer.num_nodes} "

@@ -81,6 +81,11 @@ COMBINATIONS = {
     "processes; type strategy=ddp",
     ("strategy=tp_fsdp2", "trainer.devices=3"): "strategy.tensor_parallel_size=2 must divide the 3 "
     "processes; type trainer.devices=2",
+    ("strategy=ddp", "trainer.sync_batchnorm=true", "trainer.accelerator=cpu"):
+    "trainer.sync_batchnorm needs GPUs: trainer.accelerator=cpu has no synchronized BatchNorm; "
+    "type trainer.sync_batchnorm=false",
+    ("trainer.sync_batchnorm=true",): "trainer.sync_batchnorm has no effect with strategy=single; "
+    "type strategy=ddp, or trainer.sync_batchnorm=false",
     ("precision=tf32", "trainer.accelerator=cpu"): "precision=tf32 needs a GPU: "
     "trainer.accelerator=cpu has no TF32; use precision=fp32",
     ("precision=fp8", "trainer.accelerator=cpu"): "precision=fp8 needs a GPU: "

@@ -98,7 +98,8 @@ def test_a_rule_prevents_a_failure(
 
 WITHOUT_THE_HARDWARE = (
     "trainer.devices=", "strategy.tensor_parallel_size=", "precision=tf32", "precision=fp8",
-    "memory=checkpointing", "compile=reduce_overhead",
+    "memory=checkpointing", "compile=reduce_overhead", "trainer.sync_batchnorm needs",
+    "trainer.sync_batchnorm has",
 )  # fmt: skip
 """How the rules begin whose failure needs a GPU, or several processes, to be seen."""
 

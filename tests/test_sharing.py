@@ -24,6 +24,7 @@ from app.random_state import random_state
 from app.sharing import Mmap, Packed, PackedList, Shared, modes, pack, store, unpack
 from app.sharing.needs import digest
 from app.sharing.packing import Plan
+from app.sharing.regions import extent, place_of
 
 SETTINGS = {"min_bytes": 1024, "min_items": 1000}
 KINDS: list[Any] = [Shared, Mmap]
@@ -378,6 +379,30 @@ def test_a_second_stage_refers_to_the_memory_of_the_first(cache: Path) -> None:
     assert sum(new) < 200_000
 
 
+class Twice(pl.LightningDataModule):
+    """Holds two equal arrays, one made in __init__."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = np.ones(2**20)
+
+    def setup(self, stage: str) -> None:
+        self.second = np.ones(2**20)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_init_made_is_shared_too_and_equal_memory_is_one_file(kind: Any, cache: Path) -> None:
+    for _ in range(2):
+        data = Twice()
+        kind(cache=str(cache), **SETTINGS).attach(data, {"data": {}, "sharing": SETTINGS})
+        data.setup("fit")
+        for array in (data.first, data.second):
+            assert place_of(*extent(array)) is not None
+        data.first[0] = 5  # is no longer of the region
+        assert data.second[0] == 1
+    assert len(list(cache.glob("*.bin"))) == (1 if kind is Mmap else 0)
+
+
 def test_runs_of_other_batch_sizes_map_the_same_memory(cache: Path, calls: SimpleNamespace) -> None:
     for batch_size in (10, 20):
         data = made(Mmap, cache, batch_size=batch_size, log=calls.path)
@@ -418,6 +443,34 @@ def test_what_the_trainer_says_decides_too(cache: Path, calls: SimpleNamespace) 
 
 
 # ---- several processes
+
+
+def _about_values() -> list[str]:
+    values = [
+        {"a", "b", "c", 1},
+        lambda x: x + X,
+        Samples,
+        torch.nn.Parameter(X),
+        torch.empty(0, 2),
+        X.to_sparse(),
+        np.array(["a", None]),
+        random.Random(0),
+    ]
+    return [digest(value) for value in values]
+
+
+def _tell_about_values(results: Any) -> None:
+    results.put(_about_values())
+
+
+def test_a_hash_is_the_same_in_another_process() -> None:
+    results = SERVER.Queue()
+    process = SERVER.Process(target=_tell_about_values, args=(results,))
+    process.start()
+    found = results.get(timeout=60)
+    process.join()
+    assert found == _about_values()
+    assert not any(text.startswith("unpicklable") for text in found)
 
 
 def _set_up(cache: Path, log: str, results: Any) -> None:
@@ -589,13 +642,14 @@ def test_files_are_the_users_own_and_those_of_others_are_not_read(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made(Mmap, cache).setup("fit")
+    (path,) = cache.glob("*.pack")
     assert cache.stat().st_mode & 0o777 == 0o700
-    for path in (*cache.glob("*.pack"), *cache.glob("*.bin")):
-        assert path.stat().st_mode & 0o777 == 0o600
-    monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    made(Mmap, cache).setup("fit")
-    owner = cache.stat().st_uid
-    assert any(f"is not used: it belongs to user {owner}" in text for text in caplog.messages)
+    for file in (path, *cache.glob("*.bin")):
+        assert file.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    assert store.Store(cache).find(path.name.partition("-")[0], lambda needs: None) is None
+    text = f"sharing: {path} is not used: it belongs to another user; the data are set up anew"
+    assert caplog.messages == [text]
 
 
 def test_shared_memory_that_is_too_small_is_told_and_files_are_used(

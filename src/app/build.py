@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from hydra.utils import instantiate
@@ -18,6 +18,9 @@ from app.metrics import StepMetrics
 from app.optim import configure_optimizers
 from app.resume import ExactResume
 from app.trainer import Trainer
+
+if TYPE_CHECKING:
+    from app.sharing import Packs
 
 SINGLE = "app.strategy.single"
 TECHNIQUES = ("accumulate", "clip", "averaging")  # in the order in which they act on a step
@@ -41,11 +44,7 @@ class Run:
 
     def has_test(self) -> bool:
         """Whether the model has a test step, and it or the data a loader for it."""
-        loader = "test_dataloader"
-        return is_overridden("test_step", self.model) and (
-            is_overridden(loader, self.model)
-            or is_overridden(loader, self.data, pl.LightningDataModule)
-        )
+        return _has_test(self.model, self.data)
 
 
 def build(config: Mapping[str, Any], extra_callbacks: Sequence[pl.Callback]) -> Run:
@@ -95,7 +94,10 @@ def build(config: Mapping[str, Any], extra_callbacks: Sequence[pl.Callback]) -> 
 def build_model_and_data(
     config: Mapping[str, Any],
 ) -> tuple[pl.LightningModule, pl.LightningDataModule]:
-    """Seed all generators, then build what is trained."""
+    """Seed all generators, then build what is trained; its data are shared, where that is chosen.
+
+    Raises TypeError where one is not a LightningModule or LightningDataModule.
+    """
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     model, data = _make(config["model"]), _make(config["data"])
     for key, value, kind in (
@@ -107,7 +109,22 @@ def build_model_and_data(
                 f"{key}._target_ must be a {kind.__name__}, got {config[key]['_target_']}; "
                 f"type {key}._target_=package.Class"
             )
+    if config["sharing"] is not None:
+        _make(config["sharing"]).attach(data, config)
     return model, data
+
+
+def collect_shared_data(config: Mapping[str, Any], *, num_processes: int) -> "Packs | None":
+    """The data as every rank will set them up, in shared memory; None where that is not chosen."""
+    if config["sharing"] is None or config["sharing"]["_target_"] != "app.sharing.Shared":
+        return None
+    shared = _make(config["sharing"])
+    model, data = build_model_and_data({**config, "sharing": None})
+    stages = ["fit"]
+    if config["test"] != "none" and _has_test(model, data):
+        stages.append("test")
+    packs: Packs = shared.collect(data, config, stages=stages, num_processes=num_processes)
+    return packs
 
 
 def build_callbacks(config: Mapping[str, Any]) -> list[pl.Callback]:
@@ -133,6 +150,13 @@ def build_trainer(
         _convert_="object",
     )
     return trainer
+
+
+def _has_test(model: pl.LightningModule, data: pl.LightningDataModule) -> bool:
+    loader = "test_dataloader"
+    return is_overridden("test_step", model) and (
+        is_overridden(loader, model) or is_overridden(loader, data, pl.LightningDataModule)
+    )
 
 
 def _make(config: Any) -> Any:

@@ -1,7 +1,9 @@
 """Which presets run with which strategy: `python -m app.check --matrix`. Needs no torch."""
 
+import copy
 import re
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -53,16 +55,30 @@ def refusals(where: list[str]) -> Iterator[tuple[str, str, str | None]]:
 
     A package that is not installed is no reason.
     """
-    nodes = {}
-    for strategy in strategies():
-        devices = "trainer.devices=1" if strategy == "single" else "trainer.devices=2"
-        nodes[strategy] = composed([f"strategy={strategy}", devices, *where])
+    nodes = _nodes()
+    base = composed(where)
     for preset in presets():
-        cfg = composed([preset, *NEEDED.get(preset, []), *where])
-        for strategy, node in nodes.items():
-            OmegaConf.update(cfg, "strategy", node.strategy, merge=False)
-            OmegaConf.update(cfg, "trainer.devices", node.trainer.devices)
+        group = preset.partition("=")[0]
+        cfg = copy.deepcopy(base)
+        OmegaConf.update(cfg, group, nodes[preset], merge=False)
+        for strategy in strategies():
+            OmegaConf.update(cfg, "strategy", nodes[f"strategy={strategy}"], merge=False)
+            OmegaConf.update(cfg, "trainer.devices", 1 if strategy == "single" else 2)
             yield preset, strategy, _refusal(cfg)
+
+
+def _nodes() -> dict[str, DictConfig]:
+    """What each preset puts into its slot: one of every group is composed at a time."""
+    names = [*presets(), *(f"strategy={strategy}" for strategy in strategies())]
+    by_group: dict[str, list[str]] = {}
+    for name in names:
+        by_group.setdefault(name.partition("=")[0], []).append(name)
+    found: dict[str, DictConfig] = {}
+    for together in zip_longest(*by_group.values()):
+        chosen = [name for name in together if name is not None]
+        cfg = composed([*chosen, *(key for name in chosen for key in NEEDED.get(name, []))])
+        found |= {name: cfg[name.partition("=")[0]] for name in chosen}
+    return found
 
 
 def _refusal(cfg: Any) -> str | None:

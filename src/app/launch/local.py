@@ -71,7 +71,7 @@ def run_local(
         Refused: where a rank refused what was typed.
         SystemExit: where the ranks or this process were interrupted: 128 and the signal.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -92,6 +92,7 @@ def run_local(
             max_restarts=0,
             start_method=start_method,
             shutdown_timeout=int(GRACE_S),
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         handlers = {number: signal.getsignal(number) for number in _handled(launch)}
         content = _Arguments(arguments)

@@ -1,7 +1,7 @@
 """Which processes a run needs, and starting those that nobody has started yet. Needs no torch."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,14 @@ def run_ranks(work: Callable[..., Any], cfg: DictConfig, *arguments: Any) -> Any
     A failure is in result.json, also that of a rank that was killed.
     """
     with importing():
+        from app.build import collect_shared_data
         from app.launch.local import run_local
+    packs = collect_shared_data(check(cfg), num_processes=cfg.trainer.devices)
     folder = RunFolder(Path(cfg.run_dir))
     try:
         return run_local(
+            _with_packs,
+            packs,
             work,
             cfg,
             *arguments,
@@ -66,6 +70,15 @@ def run_ranks(work: Callable[..., Any], cfg: DictConfig, *arguments: Any) -> Any
         raise
 
 
+def _with_packs(packs: Any, work: Callable[..., Any], *arguments: Any) -> Any:
+    """In a rank: know the data that the process which started it has set up."""
+    if packs is not None:
+        from app.sharing import Shared
+
+        Shared.give(packs)
+    return work(*arguments)
+
+
 def _devices(cfg: DictConfig) -> int:
     """Processes of this machine."""
     asked = cfg.trainer.devices
@@ -76,6 +89,12 @@ def _devices(cfg: DictConfig) -> int:
             raise Refused(
                 f"trainer.devices must be {started}, the processes that were started on this "
                 f"machine, got {asked}; type trainer.devices={started}"
+            )
+        machines = ranks().size // started
+        if cfg.trainer.num_nodes != machines:
+            raise Refused(
+                f"trainer.num_nodes must be {machines}, the machines on which processes were "
+                f"started, got {cfg.trainer.num_nodes}; type trainer.num_nodes={machines}"
             )
         return started
     if asked != "auto":
@@ -101,11 +120,23 @@ def _refuse_without_gpu(cfg: DictConfig) -> None:
 
 
 def _of_hydra(cfg: DictConfig) -> dict[str, Any]:
-    """Values that only Hydra can resolve, which is not there in other processes."""
-    found = {}
-    for key in ("name", "run_dir"):
-        found[key] = str(cfg[key])
-    return found
+    """What only Hydra can resolve, which is not there in other processes."""
+    raw = OmegaConf.to_container(cfg)
+    return {
+        key: OmegaConf.select(cfg, key)
+        for key, text in _texts(raw, "")
+        if "${hydra:" in text or "${now:" in text
+    }
+
+
+def _texts(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    """The keys and values of all texts below a node."""
+    if isinstance(node, str):
+        yield key, node
+    elif isinstance(node, dict | list):
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        for name, item in items:
+            yield from _texts(item, f"{key}.{name}" if key else str(name))
 
 
 def _logging_config() -> Mapping[str, Any] | None:

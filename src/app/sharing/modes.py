@@ -190,10 +190,8 @@ class Sharing(ABC):
             rank_zero_warn(f"{why}; " + ("it is not shared" if alone else OWN_COPY))
             if not alone:
                 return False
-
         if alone and not plan.num_bytes:
             return False
-
         is_large = plan.num_bytes >= LARGE
 
         def let_go() -> None:

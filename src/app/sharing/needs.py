@@ -248,10 +248,8 @@ class _Hashed(pickle.Pickler):
             return ("set", sorted(digest(item, self._data) for item in value))
         if isinstance(value, np.ndarray) and value.size and not value.dtype.hasobject:
             return ("array", repr(value.dtype), value.shape, _content(value, extent(value)))
-        if isinstance(value, Tensor) and is_plain(value):
-            plain = value.contiguous().view(-1).view(torch.uint8).numpy()
-            about = (str(value.dtype), tuple(value.shape))
-            return ("tensor", *about, _content(plain, tensor_extent(value)))
+        if isinstance(value, Tensor) and not value.is_nested:
+            return _about_tensor(value)
         return None
 
     def reducer_override(self, value: Any) -> Any:
@@ -267,6 +265,19 @@ class _Hashed(pickle.Pickler):
 
 def _nothing(*_: Any) -> None:
     """Stands for a class or a function in a hash."""
+
+
+def _about_tensor(tensor: Tensor) -> tuple[Any, ...]:
+    """Not as a pickle, which holds addresses."""
+    about = (type(tensor).__qualname__, str(tensor.dtype), str(tensor.layout), tuple(tensor.shape))
+    with torch.no_grad():
+        dense = tensor.detach().cpu().to_dense()
+        dense = dense.dequantize() if dense.is_quantized else dense.resolve_conj().resolve_neg()
+    if not dense.numel():
+        return (*about, tensor.requires_grad)
+    content: Any = dense.contiguous().view(-1).view(torch.uint8).numpy()
+    bounds = tensor_extent(tensor) if is_plain(tensor) else (0, 0)
+    return (*about, tensor.requires_grad, _content(content, bounds))
 
 
 def _content(array: Any, bounds: tuple[int, int]) -> Any:

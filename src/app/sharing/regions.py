@@ -88,7 +88,10 @@ def fits_in_shared_memory(num_bytes: int) -> bool:
 
 def free_shared_memory() -> int:
     """Bytes."""
-    found = os.statvfs(DEV_SHM)
+    try:
+        found = os.statvfs(DEV_SHM)
+    except FileNotFoundError:
+        return 0
     return found.f_bavail * found.f_frsize
 
 

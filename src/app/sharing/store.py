@@ -105,7 +105,8 @@ class Store:
         """
         names = [plan.digest(number) for number in range(len(plan.sizes))]
         with self._writing():
-            missing = [n for n, name in enumerate(names) if not self._holds(name, plan.sizes[n])]
+            chunks = {name: number for number, name in enumerate(names)}
+            missing = [n for name, n in chunks.items() if not self._holds(name, plan.sizes[n])]
             needed = sum(plan.sizes[number] for number in missing) + len(plan.skeleton)
             if needed > self.free():
                 raise NoSpace(needed=needed, free=self.free())
@@ -135,10 +136,9 @@ class Store:
         return shutil.disk_usage(self.folder).free
 
     def make_folder(self) -> None:
+        """Make sure of it. ValueError where it cannot be written to."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self.folder.stat().st_uid == os.geteuid():
-                self.folder.chmod(0o700)
             is_usable = os.access(self.folder, os.W_OK | os.X_OK)
         except (PermissionError, FileExistsError, NotADirectoryError):
             is_usable = False
@@ -169,7 +169,7 @@ class Store:
     def _holds(self, name: str, size: int) -> bool:
         """Whether the folder holds these bytes, which are read to be sure."""
         path = self._blob(name)
-        if not path.exists() or path.stat().st_size != size:
+        if not path.exists() or path.stat().st_size != size or not _is_ours(path):
             return False
         found: Any = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
         return sha256(found.numpy()).hexdigest() == name
@@ -184,6 +184,8 @@ class Store:
         path = self._blob(name)
         if not path.exists():
             raise Damaged(f"{path.name} is missing")
+        if not _is_ours(path):
+            raise Damaged(f"{path.name} belongs to another user")
         if _stamp(path) != (size, changed_ns):
             raise Damaged(f"{path.name} has changed since it was written")
         return InFile(name=name, path=str(path.absolute()), size=size)
@@ -191,10 +193,9 @@ class Store:
 
 def _read(path: Path) -> tuple[dict[str, Any], bytes]:
     """The facts and the pickle of a pack that this user wrote."""
+    if not _is_ours(path):
+        raise Damaged("it belongs to another user")
     with path.open("rb") as file:
-        owner = os.fstat(file.fileno()).st_uid
-        if owner != os.geteuid():
-            raise Damaged(f"it belongs to user {owner}")
         head, content = file.read(HEAD.size), file.read()
     if len(head) < HEAD.size:
         raise Damaged("it is damaged: cut off")
@@ -202,6 +203,10 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes]:
     if name != FORMAT or zlib.crc32(content) != checksum:
         raise Damaged("it is damaged: its checksum is wrong")
     return json.loads(content[:size]), content[size:]
+
+
+def _is_ours(path: Path) -> bool:
+    return path.stat().st_uid == os.geteuid()
 
 
 def _private(path: str, flags: int) -> int:

@@ -10,8 +10,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
 
 from app.accumulate import EffectiveBatch
+from app.launch.ranks import ranks
 from app.shares import share_of
-from app.tuner.find import batch_size_of
+from app.tuner.find import batch_size_of, say
 from app.tuner.keys import BATCH_SIZE_KEYS, tuned_key
 from app.tuner.lr import range_test
 from app.tuner.lr_rules import suggest
@@ -57,12 +58,13 @@ class LrAtMilestones(pl.Callback):
             raise KeyboardInterrupt
         found = suggest(lrs, losses, rule=settings["rule"])
         path = Path(self._config["run_dir"]) / f"lr_find_epoch_{epoch}"
-        draw_lr(lrs, losses, found, key="learning rate", path=path)
+        if ranks().is_first:
+            draw_lr(lrs, losses, found, key="learning rate", path=path)
         if found.doubt is not None:
-            print(f"tuner: epoch {epoch}: {found.doubt}", flush=True)
+            say(f"tuner: epoch {epoch}: {found.doubt}")
         if found.lr is None or (found.doubt is not None and settings["on_doubt"] == "keep"):
             return
-        print(f"tuner: epoch {epoch}: learning rate {base:.3g} -> {found.lr:.3g}", flush=True)
+        say(f"tuner: epoch {epoch}: learning rate {base:.3g} -> {found.lr:.3g}")
         self.found[epoch] = found.lr
         scale_rates(trainer, found.lr / base)
 
@@ -105,7 +107,7 @@ class BatchSizeAtMilestones(pl.Callback):
             answer, reason = batch_size_of(self._config, key=self._key)
         if not answer.complete:
             raise KeyboardInterrupt
-        print(f"tuner: epoch {epoch}: {self._key}={answer.size}: {reason}", flush=True)
+        say(f"tuner: epoch {epoch}: {self._key}={answer.size}: {reason}")
         path = Path(self._config["run_dir"]) / f"batch_size_epoch_{epoch}"
         draw_batch_size(answer, key=self._key, path=path)
         self._serve(trainer, answer.size)

@@ -50,6 +50,7 @@ def throwaway(
         **config,
         "scheduler": None,
         "tuner": None,
+        "sharing": None,  # each size would be a copy of its own
         "logger": None,
         "callbacks": None,
         "accumulate": accumulate,
