@@ -8,9 +8,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from app.batch_size import accumulation_factor
 from app.shares import mean_over_ranks, micro_batch_size, share_of
+from app.strategy import Fsdp, placed_like
 
 
 def scheduled_factor(factors: Mapping[int, int], position: int) -> int:
@@ -123,7 +125,7 @@ class Accumulation(pl.Callback):
         if self._gradients:
             for name, parameter in pl_module.named_parameters():
                 if name in self._gradients:
-                    parameter.grad = self._gradients[name].to(parameter)
+                    parameter.grad = placed_like(parameter, self._gradients[name])
             self._gradients = {}
 
     def on_train_batch_start(
@@ -188,7 +190,7 @@ class Accumulation(pl.Callback):
             "total_weight": self._mean_weight(trainer, pl_module),
             # only the first rank writes: each then goes on with the mean, which adds up to the same
             "gradients": {
-                name: mean_over_ranks(trainer, parameter.grad)
+                name: self._saved(trainer, parameter.grad)
                 for name, parameter in pl_module.named_parameters()
                 if self._num_batches and parameter.grad is not None
             },
@@ -204,6 +206,17 @@ class Accumulation(pl.Callback):
         self._window = trainer.accumulate_grad_batches = Window(saved["factor"], saved["start"])
         self._num_batches, self._total_weight = saved["num_batches"], saved["total_weight"]
         self._gradients = saved["gradients"]
+
+    @staticmethod
+    def _saved(trainer: pl.Trainer, gradient: Tensor) -> Tensor:
+        if isinstance(gradient, DTensor):
+            return gradient.full_tensor()  # of all ranks already
+        if isinstance(trainer.strategy, Fsdp):
+            raise ValueError(
+                "accumulate cannot save the gradients of an open window with strategy=fsdp; save "
+                "after an optimizer step, or use strategy=fsdp2"
+            )
+        return mean_over_ranks(trainer, gradient)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         trainer.accumulate_grad_batches = 1

@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from app.blocks import find_blocks, num_parameters
@@ -161,6 +161,14 @@ class _Blocks:
             prefix="strategy.shard_",
         )
         return list(found.values())
+
+
+def placed_like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """A whole tensor of the shape of `parameter`, on its device, of its dtype, sharded as it is."""
+    whole = whole.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+    return whole
 
 
 class Spread(NamedTuple):

@@ -100,10 +100,9 @@ class Shadow:
         for name, whole in wider.items():
             tensor = self._live[name]
             if isinstance(tensor, DTensor):
-                placed = distribute_tensor(
+                whole = distribute_tensor(
                     whole.to(tensor.device), tensor.device_mesh, tensor.placements
-                )
-                whole = placed.to_local()
+                ).to_local()
             self._averages[name].copy_(whole)
 
     def names(self) -> dict[int, str]:
