@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from app.batch_size import accumulation_factor
+from app.sharded import Fsdp, placed_like
 from app.shares import mean_over_ranks, micro_batch_size, share_of
-from app.strategy import Fsdp, placed_like
 
 
 def scheduled_factor(factors: Mapping[int, int], position: int) -> int:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from app.strategy import Sharded, Spread
+from app.sharded import Sharded, Spread
 
 Measured = tuple[float, Callable[[], None] | None]
 """The gradient norm, and what clips in place; None where nothing is over its bound."""

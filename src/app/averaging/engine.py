@@ -24,7 +24,7 @@ from app.averaging.twin import (
     recompute_norms,
     stand_in,
 )
-from app.strategy import Sharded
+from app.sharded import Sharded
 
 RAW = "raw_weights"
 WIDE = "averaged_weights_float32"
