@@ -49,10 +49,14 @@ def checkpoint(run_dir: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_hydra_ddp_multirun_every_job_trains_at_one_rate_in_all_ranks(tmp_path: Path) -> None:
+def test_hydra_ddp_multirun_hydra_spawn_a_job_is_one_configuration_in_all_ranks(
+    tmp_path: Path,
+) -> None:
     printed = command(
         "-m", "optimizer=none", "model=custom", "model._target_=theirs.LitModel", "data=custom",
         "data._target_=theirs.LitData", "+model.lr=shuffle(0.03,0.01)", *DDP,
+        "+logger.mine._target_=lightning.pytorch.loggers.CSVLogger",
+        "+logger.mine.save_dir=x-${hydra:job.num}",
         "hydra.sweep.dir=sweep", "trainer.accelerator=cpu", "trainer.max_epochs=1", cwd=tmp_path,
     )  # fmt: skip
     assert printed.count("finished") == 2
@@ -69,6 +73,8 @@ def test_hydra_ddp_multirun_every_job_trains_at_one_rate_in_all_ranks(tmp_path: 
         assert typed == f"+model.lr={rate}"
         rates.add(rate)
     assert rates == {0.03, 0.01}
+    assert (tmp_path / "x-0").exists()
+    assert (tmp_path / "x-1").exists()
 
 
 @pytest.mark.slow
@@ -197,7 +203,7 @@ def test_an_interrupted_run_of_several_ranks_exits_as_interrupted_and_leaves_not
     assert result["status"] == "interrupted"
 
 
-def test_a_script_or_a_notebook_gets_the_result_of_all_ranks(
+def test_spawn_state_a_script_or_a_notebook_gets_the_result_of_all_ranks(
     composed: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
     cfg = composed(*DDP, *SMALL, "callbacks.progress=null", "data.batch_size=8")

@@ -537,7 +537,7 @@ def _read(packs: Any, cache: Path, log: str, results: Any, may_end: Any) -> None
     may_end.wait(60)
 
 
-def test_spawned_processes_read_the_memory_of_the_one_that_started_them(
+def test_spawn_memory_spawned_processes_read_the_memory_of_the_one_that_started_them(
     cache: Path, calls: SimpleNamespace
 ) -> None:
     about = {"num_samples": 12_000, "log": calls.path}

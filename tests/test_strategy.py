@@ -113,7 +113,9 @@ def allowed() -> dict[str, list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_technique_comes_to_the_weights_of_one_process(strategy: str) -> None:
+def test_clip_fsdp_avg_sharded_every_technique_comes_to_the_weights_of_one_process(
+    strategy: str,
+) -> None:
     names = allowed()[strategy]
     assert len(names) > 20
     together = run_local(

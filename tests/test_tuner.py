@@ -397,6 +397,18 @@ class HungryOnOneRank(Hungry):
 
 
 @pytest.mark.slow
+def test_lr_spawn_the_range_test_runs_in_several_processes_and_is_told_once(tmp_path: Path) -> None:
+    printed = command(
+        "app.tune", *THEIRS, "tuner=lr_find", "tuner.cache=null", "tuner.lr.num_steps=40",
+        "tuner.lr.on_doubt=use", "+model.lr=0.1", "strategy=ddp_spawn", "trainer.devices=2",
+        "fit=false", "name=found", cwd=tmp_path,
+    )  # fmt: skip
+    assert printed.count("tuner: model.lr=") == 1
+    assert read_tuned(tmp_path / "runs/found").keys() == {"model.lr"}
+    assert (tmp_path / "runs/found/lr_find.png").exists()
+
+
+@pytest.mark.slow
 def test_bs_distributed_all_ranks_take_the_answer_of_the_one_that_runs_out(tmp_path: Path) -> None:
     printed = command(
         "app.tune", *THEIRS, *BATCH, "model._target_=test_tuner.HungryOnOneRank",
