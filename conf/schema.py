@@ -27,6 +27,13 @@ class Weights(str, Enum):
     none = "none"
 
 
+class Direction(str, Enum):
+    """Which values of the objective are better."""
+
+    minimize = "minimize"
+    maximize = "maximize"
+
+
 @dataclass(kw_only=True)
 class Train:
     """One training run."""
@@ -43,6 +50,10 @@ class Train:
     """Whether to train; false ends after the finders."""
     tuned: str | None = MISSING
     """A tuned.yaml whose overrides to use instead of a search."""
+    objective: str | None = MISSING
+    """A metric of result.json that the command returns to a sweeper, such as val_loss."""
+    direction: Direction = MISSING
+    """Whether a sweeper looks for the least or the greatest objective."""
     run_dir: str = MISSING
     """Folder of the run, given by Hydra."""
     model: Any = MISSING
@@ -61,6 +72,8 @@ class Train:
     logger: Any = None
     callbacks: Any = None
     tuner: Any = None
+    launch: Any = None
+    sweep: Any = None
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", "be >= 0", self.seed, "type seed=42")
@@ -70,6 +83,13 @@ class Train:
             "be true where tuner is off",
             self.fit,
             "use tuner=full",
+        )
+        require(
+            self.fit or self.objective is None,
+            "fit",
+            f"be true with objective={self.objective}",
+            self.fit,
+            "type objective=null",
         )
         for rule in RULES:
             if rule.is_broken(self):

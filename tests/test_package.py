@@ -23,7 +23,7 @@ def test_the_wheel_works_from_an_unrelated_folder(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     conf = {f"app/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert conf <= set(names)
-    assert "app/data/mnist1d.npz" in names
+    assert {"app/data/mnist1d.npz", "hydra_plugins/app_queue.py"} <= set(names)
 
     run(sys.executable, "-m", "venv", "env")
     python = str(tmp_path / "env/bin/python")

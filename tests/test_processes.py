@@ -111,7 +111,7 @@ def test_torchrun_with_other_processes_than_devices_is_refused(tmp_path: Path) -
         "train: trainer.devices must be 2, the processes that were started on this machine, got 3; "
         "type trainer.devices=2" in done.stderr
     )
-    assert not any((tmp_path / "runs").glob("2*"))
+    assert not any((tmp_path / "runs").glob("2*/*"))  # an empty one may stay: torchrun kills ranks
 
 
 def start_for_long(cwd: Path) -> subprocess.Popen[str]:

@@ -34,6 +34,13 @@ class Run:
     data: pl.LightningDataModule
     trainer: Trainer
 
+    def metrics(self) -> dict[str, float]:
+        """What the fit has measured last, also before it was continued."""
+        resumes = [c for c in self.trainer.callbacks if isinstance(c, ExactResume)]
+        before = resumes[0].metrics if resumes else {}
+        now = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        return {**before, **now}
+
     def checkpoints(self) -> dict[str, str | None]:
         """Paths of the best and the last checkpoint; None where there is none."""
         keeper = self.trainer.checkpoint_callback

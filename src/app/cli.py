@@ -46,8 +46,15 @@ class RankFailed(RuntimeError):  # noqa: N818  # reads as the sentence it is
         self.error = error
 
 
+class JobsFailed(RuntimeError):  # noqa: N818  # reads as the sentence it is
+    """Some jobs of a sweep came to nothing; the text lists them."""
+
+
 REFUSALS = (HydraException, OmegaConfBaseException, Refused)
 
+
+VERSION_BASE = "1.3"
+"""Of Hydra's behaviour."""
 
 COMPLETION = """\
 # Hydra's own function completes scripts, not `python -m app.train`.
@@ -72,29 +79,19 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
         print(COMPLETION)
         return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand us the exception, not a printed text
-    refused: list[Exception] = []
-    failed: list[RankFailed] = []
+    guarded = TaskOfCommand(task)
+    refused, failed = guarded.refused, guarded.failed
     gc.disable()  # composing makes many objects and no garbage
-
-    def guarded(cfg: DictConfig) -> Any:
-        gc.enable()
-        try:
-            return task(cfg)
-        except REFUSALS as error:
-            if is_of_the_user(error):
-                raise
-            refused.append(error)  # raised from here, Hydra would print a traceback's head
-        except RankFailed as failure:
-            failed.append(failure)  # its traceback is that of the rank: ours would hide it
-
     try:
-        hydra.main(version_base="1.3", config_path="pkg://app.conf", config_name=config_name)(
-            guarded
-        )()
+        hydra.main(
+            version_base=VERSION_BASE, config_path="pkg://app.conf", config_name=config_name
+        )(guarded)()
     except REFUSALS as error:
         if is_of_the_user(error):
             raise
         refused.append(error)
+    except JobsFailed as error:
+        failed.append(error)
     finally:
         gc.freeze()  # or the interpreter, at its end, looks through all that was composed
     for refusal in refused:
@@ -103,6 +100,30 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
         print(f"{config_name}: {failure}", file=sys.stderr)
     if refused or failed:
         sys.exit(1 if failed else 2)
+
+
+class TaskOfCommand:
+    """What Hydra calls with the configuration, once a job: keeps refusals and failures for the end.
+
+    Attributes:
+        task: what does the work, to be called in another process.
+    """
+
+    def __init__(self, task: Callable[[DictConfig], Any]) -> None:
+        self.task = task
+        self.refused: list[Exception] = []
+        self.failed: list[Exception] = []
+
+    def __call__(self, cfg: DictConfig) -> Any:
+        gc.enable()
+        try:
+            return self.task(cfg)
+        except REFUSALS as error:
+            if is_of_the_user(error):
+                raise
+            self.refused.append(error)  # raised from here, Hydra would print a traceback's head
+        except RankFailed as failure:
+            self.failed.append(failure)  # its traceback is that of the rank: ours would hide it
 
 
 def is_of_the_user(error: BaseException) -> bool:

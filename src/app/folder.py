@@ -20,8 +20,9 @@ from omegaconf import OmegaConf
 
 from app.cli import Refused
 
-OF_THE_COMMAND = ("name", "resume", "run_dir", "tuned", "fit")
-"""Keys that may differ between two commands of the same run."""
+OF_THE_COMMAND = ("name", "resume", "run_dir", "tuned", "fit", "launch", "objective", "direction",
+                  "sweep")  # fmt: skip
+"""Keys and groups that may differ between two commands of the same run."""
 
 
 class RunFolder:
@@ -32,6 +33,7 @@ class RunFolder:
         self.config_path = path / "config.yaml"
         self.result_path = path / "result.json"
         self.checkpoints = path / "checkpoints"
+        self.lock_path = path.parent / f".{path.name}.lock"
 
     def read_config(self) -> dict[str, Any] | None:
         """The configuration of the run that is in the folder; None where there is none."""
@@ -93,7 +95,7 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process; raise Refused where another one holds it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path.parent / f".{self.path.name}.lock").open("a+") as file:
+        with self.lock_path.open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -107,11 +109,22 @@ class RunFolder:
             file.flush()
             yield
 
+    def is_held(self) -> bool:
+        """Whether a process holds the folder now: trains in it."""
+        if not self.lock_path.exists():
+            return False
+        with self.lock_path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
 
 def what_decides(config: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys and values that decide what a run trains, wherever its folder is."""
     movable = _replaced(config, config["run_dir"], "${run_dir}")
-    return {key: value for key, value in _flat(movable).items() if key not in OF_THE_COMMAND}
+    return _flat({key: value for key, value in movable.items() if key not in OF_THE_COMMAND})
 
 
 def _replaced(value: Any, old: str, new: str) -> Any:
@@ -134,10 +147,10 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside the file and rename: a reader finds the old text or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write beside the file and rename: a reader finds the old content or the new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_text(text)
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
 
 

@@ -137,10 +137,15 @@ class ExactResume(pl.Callback):
 
     Restores both when a continued fit starts to train. In a new fit the ranks but the first draw
     from generators of their own from there on: dropout differs between shares of the data.
+
+    Attributes:
+        metrics: what was measured when the checkpoint was written that the fit continues from: a
+            fit that had already ended measures nothing again.
     """
 
     def __init__(self) -> None:
         self._loaders: list[ResumableLoader] = []
+        self.metrics: dict[str, float] = {}
         self._restored: dict[str, Any] | None = None
         self._weights: dict[str, Any] | None = None
 
@@ -158,6 +163,8 @@ class ExactResume(pl.Callback):
             "random_state": random_state(),
             "positions": [loader.position(mid_epoch=mid_epoch) for loader in self._loaders],
         }
+        metrics = trainer.callback_metrics.items()
+        checkpoint["metrics"] = {name: float(value) for name, value in metrics}
         checkpoint["resume"] = [mine]
         if trainer.world_size > 1:
             checkpoint["resume"] = [mine] * trainer.world_size
@@ -166,6 +173,7 @@ class ExactResume(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        self.metrics = checkpoint.get("metrics", {})
         every_rank = checkpoint.get("resume")
         self._restored = every_rank and every_rank[trainer.global_rank]
         self._weights = checkpoint["state_dict"]

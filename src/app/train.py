@@ -1,12 +1,14 @@
 """Trains one run: `python -m app.train averaging=ema clip=value`."""
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from app import cli
@@ -19,9 +21,39 @@ from app.tuner.answers import recalled
 from app.tuner.keys import startable, with_overrides
 
 
-def main(cfg: DictConfig) -> None:
-    """Check the configuration, then train, test and leave the result in the run's folder."""
-    run(cfg, typed=list(HydraConfig.get().overrides.task))
+def main(cfg: DictConfig) -> float | None:
+    """Check the configuration, then train, test and leave the result in the run's folder.
+
+    Returns the value of `objective`, which a sweeper of Hydra asks for; None where it is null.
+    """
+    hydra = HydraConfig.get()
+    if cfg.sweep is not None and hydra.mode is RunMode.RUN:
+        RunFolder(Path(cfg.run_dir)).remove_if_empty()
+        raise cli.Refused(
+            "sweep=optuna chooses the jobs of a sweep, and this is one run; type -m as well, or "
+            "sweep=none"
+        )
+    result = run(cfg, typed=list(hydra.overrides.task))
+    return None if result is None else objective(cfg.objective, result["metrics"])
+
+
+def objective(name: str | None, metrics: Mapping[str, float]) -> float | None:
+    """The metric of this name; None where no name is given.
+
+    Raises Refused where the run has no such metric.
+    """
+    if name is None:
+        return None
+    if name not in metrics:
+        raise cli.Refused(
+            f"objective must be one of {', '.join(sorted(metrics))}, the metrics of the run, got "
+            f"{name}; type objective={_nearest(name, metrics)}"
+        )
+    return metrics[name]
+
+
+def _nearest(name: str, metrics: Iterable[str]) -> str:
+    return next(iter(get_close_matches(name, sorted(metrics), n=1, cutoff=0)), "null")
 
 
 def run(cfg: DictConfig, *, typed: Sequence[str]) -> dict[str, Any] | None:
@@ -36,6 +68,11 @@ def run(cfg: DictConfig, *, typed: Sequence[str]) -> dict[str, Any] | None:
     """
     try:
         check(startable(cfg))
+        if cfg.launch is not None:
+            raise cli.Refused(
+                "launch=local runs the jobs of a sweep, and this is one run; type -m as well, or "
+                "launch=none"
+            )
         cfg = startable(placed(cfg))
         config = check(cfg)
     except ValueError:
@@ -51,7 +88,8 @@ def run(cfg: DictConfig, *, typed: Sequence[str]) -> dict[str, Any] | None:
 
         found = everyone.first(prepared)
         if found["result"] is not None:
-            print(f"{folder.path} is finished; see {folder.result_path}")
+            if everyone.is_first:
+                print(f"{folder.path} is finished; see {folder.result_path}")
             return dict(found["result"])
         if started_elsewhere() or config["trainer"]["devices"] == 1:
             return work(cfg, found["tuned"], list(typed))
@@ -129,7 +167,7 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
                 is_term = isinstance(stop, SIGTERMException) or asked == signal.SIGTERM
                 raise SystemExit(128 + (signal.SIGTERM if is_term else signal.SIGINT)) from stop
         record.content |= {
-            "metrics": {name: float(v) for name, v in run.trainer.callback_metrics.items()},
+            "metrics": run.metrics(),
             "optimizer_steps": run.trainer.global_step,
             "epochs": run.trainer.current_epoch,
             "batch": start.batch,

@@ -158,7 +158,7 @@ def _work(
     logging_config: Mapping[str, Any] | None,
 ) -> Any:
     """What each process does; only rank 0's value is sent back."""
-    _end_in_time()
+    end_in_time(grace_s=GRACE_S)
     of_the_agent = {key: os.environ[key] for key in os.environ if key.startswith(OF_THE_AGENT)}
     os.environ.clear()  # of the server that this was forked from: it may have an older one
     os.environ |= {**environment, **of_the_agent}
@@ -176,7 +176,7 @@ def _work(
         partial.replace(path)
         if failure.is_of_a_lost_peer:
             time.sleep(HEAD_START_S)
-        _leave(failure.exit_code or 1)
+        leave(failure.exit_code or 1)
     return value if rank == 0 else None
 
 
@@ -196,10 +196,13 @@ def _failure_of(error: BaseException, rank: int) -> _Failure:
     )
 
 
-def _end_in_time() -> None:
+def end_in_time(*, grace_s: float) -> None:
     """End this process with the one that started it, however that ends, and soon after SIGTERM.
 
     A thread sees to it: the main one may wait for a peer that is gone.
+
+    Args:
+        grace_s: seconds that the main thread has after SIGTERM.
     """
     starter = multiprocessing.parent_process()
     assert starter is not None
@@ -212,17 +215,17 @@ def _end_in_time() -> None:
         while not signalled:
             ready = connection.wait([starter.sentinel, reader])
             if starter.sentinel in ready:
-                _leave(1)
+                leave(1)
             signalled = signal.SIGTERM in os.read(reader, 64)
-        time.sleep(GRACE_S)
-        _leave(128 + signal.SIGTERM)
+        time.sleep(grace_s)
+        leave(128 + signal.SIGTERM)
 
     # a handler, or the signal ends the process at once; Lightning sets its own in a fit
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _leave(exit_code: int) -> None:
+def leave(exit_code: int) -> None:
     """Exit without waiting for any thread, and take the DataLoader's workers along."""
     for child in multiprocessing.active_children():
         child.kill()

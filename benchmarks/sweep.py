@@ -1,0 +1,96 @@
+"""A sweep of short jobs over two slots, and how long a job takes to begin; by the clock.
+
+* Sixteen jobs of one epoch with `launch=local launch.slots=2` against Hydra's own launcher, which
+  runs them one after another in its process; target on two idle cores: at most 0.6 of the time.
+* Until a job's process has torch, Lightning and all of ours at hand: forked from a server that has
+  imported them against a process started anew; target: at most 0.05 of the time.
+
+Run as `python benchmarks/sweep.py`.
+"""
+
+import multiprocessing
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from side_by_side import in_turns, show
+
+from app.launch.local import PRELOADED
+
+NUM_JOBS = 16
+ROUNDS = 3
+STARTS = 5
+SWEEP = (
+    "-m", f"seed=range({NUM_JOBS})", "trainer.max_epochs=1", "trainer.accelerator=cpu",
+    "callbacks.progress=null", "logger=csv",
+)  # fmt: skip
+
+
+def sweep(*typed: str) -> Callable[[], float]:
+    """A contestant: seconds of a whole command."""
+
+    def contestant() -> float:
+        with TemporaryDirectory() as cwd:
+            began = time.monotonic()
+            command = [sys.executable, "-m", "app.train", *SWEEP, *typed]
+            subprocess.run(command, cwd=cwd, check=True, capture_output=True)
+            took = time.monotonic() - began
+            assert len(list(Path(cwd).glob("multirun/*/*/*/result.json"))) == NUM_JOBS
+        return took
+
+    return contestant
+
+
+def start(context: BaseContext) -> Callable[[], float]:
+    """A contestant: seconds until a process has imported what a run needs."""
+
+    def contestant() -> float:
+        receiver, sender = context.Pipe(duplex=False)
+        began = time.monotonic()
+        process = context.Process(target=_import_all, args=(sender,))
+        process.start()
+        receiver.recv()
+        took = time.monotonic() - began
+        process.join()
+        return took
+
+    return contestant
+
+
+def _import_all(sender: multiprocessing.connection.Connection) -> None:
+    import app.build  # noqa: F401
+
+    sender.send(True)
+
+
+def main() -> None:
+    """Measure both."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    starts = in_turns(
+        {
+            "a process started anew": start(multiprocessing.get_context("spawn")),
+            "forked from the server": start(multiprocessing.get_context("forkserver")),
+        },
+        rounds=STARTS,
+    )
+    targets = {"forked from the server": 0.05}
+    show("a job begins", starts, base="a process started anew", targets=targets)
+    sweeps = in_turns(
+        {
+            "Hydra's launcher": sweep(),
+            "launch=local, two slots": sweep("launch=local", "launch.slots=2"),
+        },
+        rounds=ROUNDS,
+    )
+    for name, seconds in sweeps.items():
+        print(f"{name}: {', '.join(f'{second:.1f}' for second in seconds)} s")
+    targets = {"launch=local, two slots": 0.6}
+    show(f"{NUM_JOBS} short jobs", sweeps, base="Hydra's launcher", targets=targets)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""How a sweep chooses its jobs: all that was typed, or a search for the best value of `objective`.
+
+A search is a study: its trials are the jobs of a sweep. It is kept in `study.db` in the folder of
+the sweep, and the same command with the same `name=` continues it. The space is what is swept on
+the command line: `optimizer.lr=tag(log,interval(1e-3,1))`, `averaging=none,ema`.
+
+| preset | what it does                                                                     |
+|--------|----------------------------------------------------------------------------------|
+| optuna | Optuna's samplers, each trial chosen by those before it                          |
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from omegaconf import MISSING
+
+from ..rules import require, require_package
+
+
+class Sampler(str, Enum):
+    """How a trial is chosen."""
+
+    tpe = "tpe"
+    cmaes = "cmaes"
+    random = "random"
+
+
+@dataclass(kw_only=True)
+class Optuna:
+    """A search with Optuna, for which `hydra-optuna-sweeper` asks for trials and tells values."""
+
+    num_trials: int = MISSING
+    """Trials of the whole study, >= 1, failed ones included; a continued one runs those left."""
+    num_parallel: int = MISSING
+    """Trials that are chosen at once, >= 1; with launch=local they also run at once."""
+    sampler: Sampler = MISSING
+    """tpe for any space (NeurIPS 2011, Bergstra et al.), cmaes for numbers only, or random."""
+    num_random: int = MISSING
+    """Trials drawn at random before tpe and cmaes learn from them, >= 1."""
+    max_failure_rate: float = MISSING
+    """Share of failed trials among num_parallel above which the study ends, in [0, 1]. A trial has
+    failed where its run did, or where its objective is NaN or infinite."""
+
+    def __post_init__(self) -> None:
+        require_package("optuna", "sweep=optuna", "use sweep=none")
+        for name in ("num_trials", "num_parallel", "num_random"):
+            value = getattr(self, name)
+            require(value >= 1, f"sweep.{name}", "be >= 1", value, f"type sweep.{name}=10")
+        require(
+            0 <= self.max_failure_rate <= 1,
+            "sweep.max_failure_rate",
+            "be in [0, 1]",
+            self.max_failure_rate,
+            "type sweep.max_failure_rate=1",
+        )
+
+
+PRESETS = {"optuna": Optuna}

@@ -1,0 +1,43 @@
+"""The command that runs a run again, or goes on with it, in the folder that it has."""
+
+import re
+import shlex
+from pathlib import Path
+
+from app.report.reading import Run
+from app.sweep.folder import is_of_the_command
+
+OF_THE_FOLDER = ("run_dir", "hydra.run.dir")
+"""Typed keys that would train elsewhere."""
+
+
+def command(run: Run) -> str | None:
+    """To be typed in the folder that the report was made in; None where no override is known.
+
+    A run goes on from its last checkpoint. `runs/NAME` is named by `name=`, any other folder by
+    Hydra's `hydra.run.dir`, from which `run_dir` comes.
+    """
+    if run.config is None and run.job is None:
+        return None
+    of_the_run = [item for item in run.typed if not is_of_the_command(item)]
+    keys = {item.partition("=")[0].lstrip("+~"): item for item in of_the_run}
+    typed = [item for key, item in keys.items() if key not in OF_THE_FOLDER]
+    if run.folder.absolute().parent == Path("runs").absolute():
+        typed = [item for key, item in keys.items() if key not in (*OF_THE_FOLDER, "name")]
+        where = f"name={quoted(run.folder.name)}"
+    else:
+        where = f"hydra.run.dir={quoted(str(run.folder))}"
+    searched = run.config is not None and run.config.get("tuner") is not None
+    # app.tune is app.train with the tuner chosen, which its overrides do not say
+    is_tune = searched and not {"tuner", "experiment"} & keys.keys()
+    module = "app.tune" if is_tune else "app.train"
+    flags = [word for path in run.config_dirs for word in ("--config-dir", path)]
+    return shlex.join(["python", "-m", module, *flags, *typed, where])
+
+
+def quoted(value: str) -> str:
+    """A value in Hydra's grammar, in quotes where it holds what the grammar would read."""
+    if re.fullmatch(r"[\w./:-]+", value, re.ASCII):
+        return value
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    return f"'{escaped}'"
