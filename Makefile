@@ -10,7 +10,7 @@ train: $(READY)
 	$(PYTHON) -m app.train $(ARGS)
 
 test: $(READY) lint
-	$(PYTHON) -m pytest -m "not gpu" $(ARGS)
+	$(PYTHON) -m pytest -n auto --dist loadfile -m "not gpu" $(ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
