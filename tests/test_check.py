@@ -108,7 +108,7 @@ def test_what_cannot_be_done_is_refused_in_terms_of_what_was_typed(
 
 
 def test_every_rule_between_groups_is_shown_above() -> None:
-    from app.conf.schema import RULES
+    from app.conf.combinations import RULES
 
     assert len(COMBINATIONS) == len(RULES)
 

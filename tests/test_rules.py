@@ -105,6 +105,6 @@ WITHOUT_THE_HARDWARE = (
 
 
 def test_every_rule_is_here() -> None:
-    from app.conf.schema import RULES
+    from app.conf.combinations import RULES
 
     assert len(FAILURES) + len(WITHOUT_THE_HARDWARE) == len(RULES)

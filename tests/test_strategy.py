@@ -213,7 +213,7 @@ def test_a_pair_that_cannot_run_is_refused_with_the_reason(
 
 
 def test_every_refused_pair_is_shown_above() -> None:
-    from app.conf.schema import WITH_STRATEGIES
+    from app.conf.combinations import WITH_STRATEGIES
 
     assert len(REFUSED) == len(WITH_STRATEGIES)
 
