@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from app.batch_size import accumulation_factor, data_parallel_size
+from app.launch import DDP, SINGLE
 
 from .rules import require_package
 
@@ -108,12 +109,10 @@ def _splits_unevenly(run: "Train") -> bool:
     return split is not None and run.trainer.devices != "auto" and _num_processes(run) % split != 0
 
 
-SINGLE = "app.strategy.single"
 SHARDED = ("app.strategy.fsdp", "app.strategy.fsdp2", "app.strategy.tp_fsdp2")
 FSDP = SHARDED[:1]
 FSDP2 = SHARDED[1:]
 DEEPSPEED = ("app.strategy.deepspeed",)
-DDP = ("app.strategy.ddp",)
 
 
 def _is(slot: Any, *targets: str) -> bool:
@@ -238,7 +237,7 @@ WITH_STRATEGIES = (
         "type 'tuner.milestones=[]'",
     ),
     Pair(
-        DDP,
+        (DDP,),
         lambda run: (
             bool(_get(run.tuner, "milestones")) and _get(run.tuner, "batch_size") is not None
         ),

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from app.accumulate import Accumulation
 from app.checkpoint import CheckpointFiles, Checkpoints
 from app.data_parallel import DataParallel
+from app.launch import SINGLE
 from app.metrics import StepMetrics
 from app.optim import configure_optimizers
 from app.resume import ExactResume
@@ -22,7 +23,6 @@ from app.trainer import Trainer
 if TYPE_CHECKING:
     from app.sharing import Packs
 
-SINGLE = "app.strategy.single"
 TECHNIQUES = ("accumulate", "clip", "averaging")  # in the order in which they act on a step
 
 

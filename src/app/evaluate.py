@@ -10,6 +10,7 @@ from app import cli
 from app.check import check
 from app.folder import RunFolder, write_json
 from app.imports import importing
+from app.launch import SINGLE
 from app.tuner.keys import with_overrides
 
 
@@ -62,7 +63,7 @@ def evaluate(config: Any, folder: RunFolder, *, stage: str, checkpoint: Path) ->
     with importing():
         import torch
 
-        from app.build import SINGLE, build_callbacks, build_model_and_data, build_trainer
+        from app.build import build_callbacks, build_model_and_data, build_trainer
 
     # one device sees every sample once, and any strategy's checkpoint is of whole tensors
     config = {**config, "strategy": {"_target_": SINGLE}}

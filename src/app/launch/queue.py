@@ -48,7 +48,7 @@ class Queue:
         self._config = config
         self._composer = Composer(loader)
         self._folder, self._definition = claim(config)
-        print(f"{self._folder.path}: composing the jobs, some eight a second", flush=True)
+        print(f"{self._folder.path}: composing the jobs", flush=True)
         self._context = multiprocessing.get_context(settings.start_method.value)
         if settings.start_method.value == "forkserver":
             multiprocessing.set_forkserver_preload(PRELOADED)

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from app.cli import Refused
+from app.launch import SINGLE
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -33,7 +34,7 @@ class Slots:
         """
         asked = cfg.trainer.devices
         if asked == "auto":
-            is_single = cfg.strategy._target_ == "app.strategy.single" or not self.are_gpus
+            is_single = cfg.strategy._target_ == SINGLE or not self.are_gpus
             asked = 1 if is_single else devices_per_job or len(self.names)
         if devices_per_job is not None and devices_per_job < asked:
             raise Refused(

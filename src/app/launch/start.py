@@ -12,6 +12,7 @@ from app.check import check
 from app.cli import RankFailed, Refused
 from app.folder import RunFolder
 from app.imports import importing
+from app.launch import SINGLE
 from app.launch.ranks import ranks, started_elsewhere
 from app.tuner.keys import with_overrides
 
@@ -99,7 +100,7 @@ def _devices(cfg: DictConfig) -> int:
         return started
     if asked != "auto":
         return int(asked)
-    if cfg.strategy._target_ == "app.strategy.single" or cfg.trainer.accelerator.value == "cpu":
+    if cfg.strategy._target_ == SINGLE or cfg.trainer.accelerator.value == "cpu":
         return 1
     with importing():
         import torch

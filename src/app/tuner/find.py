@@ -13,9 +13,10 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 
-from app.build import SINGLE, build_model_and_data
+from app.build import build_model_and_data
 from app.check import check
 from app.cli import Refused
+from app.launch import DDP, SINGLE
 from app.launch.ranks import ranks
 from app.tuner.answers import NAME, cache_key, read_tuned, searching, write_tuned
 from app.tuner.batch_size import Prober, try_evaluation, try_fit
@@ -143,7 +144,7 @@ def batch_size_of(config: Mapping[str, Any], *, key: str) -> tuple[Answer, str]:
         bound=bound,
         divisors_of=None if target is None else target // (shares(config) or 1),
         on_gpu=device_name(config) != "cpu",
-        provoke=config["strategy"]["_target_"] in (SINGLE, "app.strategy.ddp"),
+        provoke=config["strategy"]["_target_"] in (SINGLE, DDP),
     )
     return answer, why if answer.size == bound else answer.reason
 

@@ -8,7 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from app.build import SINGLE, Run, build
+from app.build import Run, build
+from app.launch import DDP, SINGLE
 from app.tuner.keys import shares
 
 OUT_OF_MEMORY = (
@@ -73,7 +74,7 @@ def throwaway(
 
 def alone(config: Mapping[str, Any]) -> dict[str, Any]:
     """One rank of a run as a run of its own, if it holds a whole model: its memory is the same."""
-    if config["strategy"]["_target_"] != "app.strategy.ddp":
+    if config["strategy"]["_target_"] != DDP:
         return dict(config)
     accumulate = config["accumulate"]
     if accumulate is not None and "batch_size" in accumulate:
