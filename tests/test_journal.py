@@ -14,10 +14,9 @@ import torch
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from app.cli import Refused
-from app.launch.composing import Composer
 from app.launch.slots import VISIBLE, Slots, find_slots
 from app.sweep.folder import SweepFolder, claim, hash_of
 from app.sweep.journal import Job, Journal
@@ -184,18 +183,6 @@ def test_the_hash_is_of_what_decides_the_jobs(sweeping: Sweeping) -> None:
 
     assert of("seed=1,2") == of("seed=1,2", "launch=local", "launch.retries=2", "resume=never")
     assert of("seed=1,2") != of("seed=1,2,3")
-
-
-def test_what_a_sweeper_composed_to_validate_it_is_run_and_nothing_is_given_out_twice() -> None:
-    with initialize_config_module("app.conf", version_base="1.3"):
-        hydra = GlobalHydra.instance().hydra
-        config = hydra.compose_config("train", ["run_dir=.", "name=run"], RunMode.MULTIRUN)
-        composer = Composer(hydra.config_loader)
-        validated = hydra.config_loader.load_sweep_config(config, ["seed=1"])
-        first, second = (composer.compose(config, ["seed=1"]) for _ in range(2))
-    assert first is validated
-    assert second is not first
-    assert OmegaConf.to_container(second) == OmegaConf.to_container(first)
 
 
 def test_gpus_are_handed_out_and_seen_by_one_job_each(

@@ -21,6 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from app.check import check
 from app.cli import Refused
+from app.folder import RunFolder
+from app.study import STORAGE, open_study
+from app.sweep.journal import Journal
 from app.train import objective
 
 EXAMPLES = Path(__file__).parents[1] / "multirun_examples"
@@ -205,6 +208,45 @@ def test_the_trials_of_a_study_run_in_a_queue(tmp_path: Path) -> None:
     train(*typed, cwd=tmp_path)
     best_of(tmp_path / "multirun/study")
     assert "continuing multirun/study: 3 trials of 3" in train(*typed, cwd=tmp_path)
+
+
+@WITH_OPTUNA
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Deprecated API features detected")  # Optuna's
+@pytest.mark.parametrize(
+    "launch",
+    [(), ("launch=local", "sweep.num_parallel=2", "strategy=ddp", "trainer.devices=2")],
+    ids=["in turn", "in a queue, two ranks each"],
+)
+def test_hopeless_trials_are_pruned_and_not_run_again(
+    tmp_path: Path, launch: tuple[str, ...]
+) -> None:
+    typed = (*STUDY, "sweep.sampler=random", "sweep.num_trials=6", "sweep.prune_after_trials=2",
+             "trainer.max_epochs=6", "optimizer.lr=1e-9,0.3", "seed=1", *launch)  # fmt: skip
+    train(*typed, cwd=tmp_path)
+    study = open_study(tmp_path / "multirun/study" / STORAGE)
+    runs = [RunFolder(tmp_path / f"multirun/study/{number}") for number in range(6)]
+    results = [run.read_result() or {} for run in runs]
+    pruned = [result for result in results if result["status"] == "pruned"]
+    assert 0 < len(pruned) < 6
+    assert len({result["optimizer_steps"] for result in results}) == 2
+    for trial, run, result in zip(study.trials, runs, results, strict=True):
+        assert trial.params["optimizer.lr"] == (run.read_config() or {})["optimizer"]["lr"]
+        assert trial.state.name == {"finished": "COMPLETE"}.get(result["status"], "PRUNED")
+        assert trial.value == pytest.approx(result["metrics"]["val_loss"])
+        assert len(trial.intermediate_values) == result["epochs"]
+        assert ("test_loss" in result["metrics"]) == (result["status"] == "finished")
+        if result["status"] == "pruned":
+            assert result["epochs"] < 6
+            assert trial.params["optimizer.lr"] == 1e-9
+    before = [run.result_path.stat().st_mtime for run in runs]
+    train(*typed, cwd=tmp_path)
+    assert [run.result_path.stat().st_mtime for run in runs] == before
+    if launch:
+        sweep = Journal(tmp_path / "multirun/study").read()
+        assert sweep is not None
+        assert [job.state for job in sweep.jobs.values()] == [r["status"] for r in results]
+        assert sweep.unfinished() == []
 
 
 @WITH_OPTUNA

@@ -25,6 +25,14 @@ class Sampler(str, Enum):
     random = "random"
 
 
+class Pruner(str, Enum):
+    """How a trial is ended early."""
+
+    median = "median"
+    halving = "halving"
+    none = "none"
+
+
 @dataclass(kw_only=True)
 class Optuna:
     """A search with Optuna, for which `hydra-optuna-sweeper` asks for trials and tells values."""
@@ -40,12 +48,25 @@ class Optuna:
     max_failure_rate: float = MISSING
     """Share of failed trials among num_parallel above which the study ends, in [0, 1]. A trial has
     failed where its run did, or where its objective is NaN or infinite."""
+    pruner: Pruner = MISSING
+    """Ends a trial after a validation: median, where its best objective so far is worse than the
+    median of the trials before it at that epoch (Vizier, KDD 2017); halving, where it is not among
+    the best quarter that goes on (arXiv 1810.05934); none."""
+    prune_after_trials: int = MISSING
+    """With median: trials that end before one is pruned, >= 0."""
+    prune_after_epochs: float = MISSING
+    """Epochs of a trial before which it is not pruned, >= 0."""
+    trial: int | None = MISSING
+    """Number of the trial that a run is, given by the study."""
 
     def __post_init__(self) -> None:
         require_package("optuna", "sweep=optuna", "use sweep=none")
         for name in ("num_trials", "num_parallel", "num_random"):
             value = getattr(self, name)
             require(value >= 1, f"sweep.{name}", "be >= 1", value, f"type sweep.{name}=10")
+        for name in ("prune_after_trials", "prune_after_epochs"):
+            value = getattr(self, name)
+            require(value >= 0, f"sweep.{name}", "be >= 0", value, f"type sweep.{name}=1")
         require(
             0 <= self.max_failure_rate <= 1,
             "sweep.max_failure_rate",

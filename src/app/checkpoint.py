@@ -20,6 +20,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from app.resume import ExactResume
+
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -183,6 +185,7 @@ class Checkpoints(Checkpoint):
         self._saved_at = time.monotonic()
         self._late = False
         self._asked_again_at = 0
+        self._resume: ExactResume | None = None
 
     @property
     def last(self) -> Path:
@@ -191,6 +194,8 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        resumes = [c for c in trainer.callbacks if isinstance(c, ExactResume)]  # type: ignore[attr-defined]
+        self._resume = resumes[0] if resumes else None
 
     def on_train_batch_end(
         self,
@@ -200,13 +205,17 @@ class Checkpoints(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        if validation_is_due(trainer, batch_idx):
+            if self._resume is not None:
+                self._resume.note_before_validation()
+            return
         if self.every_n_steps is None and self.every_min is None:
             return
         if trainer.is_last_batch or not self._is_due(trainer):
             return
         window_open = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
-        if not window_open and not validation_is_due(trainer, batch_idx):
-            self._save_last(trainer)
+        if not window_open:
+            self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or self.monitor is None:
@@ -227,11 +236,11 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(self.best_model_path, weights_only=False)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._save_last(trainer)
+        self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._saved_step != trainer.global_step:
-            self._save_last(trainer)
+            self.save(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_model_score": self.best_model_score, "monitor": self.monitor}
@@ -269,7 +278,8 @@ class Checkpoints(Checkpoint):
         best = self.best_model_score
         return best is None or (score < best if self.mode == "min" else score > best)
 
-    def _save_last(self, trainer: pl.Trainer) -> None:
+    def save(self, trainer: pl.Trainer) -> None:
+        """Write the last checkpoint, and keep the one before. All ranks call it."""
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         self._late, self._asked_again_at = False, 0
         if trainer.is_global_zero and self.last.exists():
@@ -283,12 +293,14 @@ class Checkpoints(Checkpoint):
 def validation_is_due(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Whether Lightning validates after this micro-batch."""
     every = trainer.check_val_every_n_epoch
-    if not trainer.enable_validation or (every and (trainer.current_epoch + 1) % every != 0):
-        return False
-    if trainer.should_stop:
-        return True
     interval = trainer.val_check_batch
-    if interval in (None, math.inf):
-        return trainer.is_last_batch
-    batches = (batch_idx if every else trainer.fit_loop.total_batch_idx) + 1
-    return batches % interval == 0
+    if trainer.should_stop:
+        is_due = True
+    elif interval in (None, math.inf):
+        is_due = trainer.is_last_batch
+    else:
+        batches = (batch_idx if every else trainer.fit_loop.total_batch_idx) + 1
+        is_due = batches % interval == 0
+    if not is_due or (every and (trainer.current_epoch + 1) % every != 0):
+        return False
+    return trainer.enable_validation  # slow: not of every batch

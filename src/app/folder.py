@@ -24,6 +24,9 @@ OF_THE_COMMAND = ("name", "resume", "run_dir", "tuned", "fit", "launch", "object
                   "sweep")  # fmt: skip
 """Keys and groups that may differ between two commands of the same run."""
 
+ENDED = ("finished", "pruned")
+"""What `status` in result.json says of a run that nothing is left to do for."""
+
 
 class RunFolder:
     """The folder of one run."""

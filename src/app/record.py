@@ -19,12 +19,16 @@ class Record:
 
     Args:
         writes: whether this process is the one that writes the file.
+
+    Attributes:
+        outcome: what a run has come to that neither failed nor was interrupted.
     """
 
     def __init__(self, config: Mapping[str, Any], folder: RunFolder, *, writes: bool) -> None:
         self._folder = folder
         self._writes = writes
         self._seconds: dict[str, float] = {}
+        self.outcome = "finished"
         self.content: dict[str, Any] = {
             "status": "running",
             "name": config["name"],
@@ -39,11 +43,11 @@ class Record:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Write the file now and at the end: finished, interrupted or failed."""
+        """Write the file now and at the end: with `outcome`, interrupted or failed."""
         self._write()
         try:
             yield
-            self.content["status"] = "finished"
+            self.content["status"] = self.outcome
         except (KeyboardInterrupt, SystemExit):
             self.content["status"] = "interrupted"
             raise

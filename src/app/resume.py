@@ -69,6 +69,8 @@ class ResumableLoader:
         """Where the loader stands, in plain values; empty between epochs if it has no state."""
         if _is_stateful(self.loader):
             return {"loader": self.loader.state_dict()}
+        if self._restored is not None:  # no batch was asked for since
+            return self._restored
         if not mid_epoch:
             return {"generators": self._generators()}
         return {**self._epoch_start, "num_served": self._num_served}
@@ -141,9 +143,13 @@ class ExactResume(pl.Callback):
     Attributes:
         metrics: what was measured when the checkpoint was written that the fit continues from: a
             fit that had already ended measures nothing again.
+        repeats_validation: whether the checkpoints of a running validation are written as if it had
+            not begun, so that a continued fit makes it first.
     """
 
     def __init__(self) -> None:
+        self.repeats_validation = False
+        self._before_validation: dict[str, Any] = {}
         self._loaders: list[ResumableLoader] = []
         self.metrics: dict[str, float] = {}
         self._restored: dict[str, Any] | None = None
@@ -159,8 +165,10 @@ class ExactResume(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         mid_epoch = not trainer.is_last_batch
+        if self.repeats_validation:
+            _rewind_validation(checkpoint)
         mine = {
-            "random_state": random_state(),
+            "random_state": self._before_validation if self.repeats_validation else random_state(),
             "positions": [loader.position(mid_epoch=mid_epoch) for loader in self._loaders],
         }
         metrics = trainer.callback_metrics.items()
@@ -192,10 +200,27 @@ class ExactResume(pl.Callback):
         for loader, position in zip(self._loaders, restored["positions"], strict=True):
             loader.restore(position, epoch=trainer.current_epoch)
         set_random_state(restored["random_state"])
+        self._before_validation = restored["random_state"]  # the fit may begin with a validation
+
+    def note_before_validation(self) -> None:
+        """Note the random state before a validation draws from it, or starts workers with it."""
+        self._before_validation = random_state()
 
     def _train_dataloader(self, train_dataloader: Callable[[], Any]) -> Any:
         loaders, self._loaders = resumable(train_dataloader())
         return loaders
+
+
+def _rewind_validation(checkpoint: dict[str, Any]) -> None:
+    """Let Lightning, where it loads the checkpoint, go back to the first batch of a validation.
+
+    It goes back to one of which a batch was started and not processed, and then skips none.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    done = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
+    progress["current"] = {**done, "ready": 1, "started": 1}
+    progress["total"] = {**done, "ready": 1, "started": 1}
+    progress["is_last_batch"] = False
 
 
 def _is_stateful(loader: Any) -> bool:

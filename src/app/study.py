@@ -1,19 +1,25 @@
 """A study: a sweep whose jobs Optuna chooses, kept in the folder of the sweep. Needs no torch."""
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from app.cli import REFUSALS, JobsFailed, RankFailed, Refused, TaskOfCommand
+from app.cli import JobsFailed, RankFailed, Refused, TaskOfCommand
 from app.sweep.folder import SweepFolder
 
+log = logging.getLogger(__name__)
+
 STORAGE = "study.db"
+STUDY = "study"
+BEST = "optimization_results.yaml"
+PRUNED = "pruned"
+"""The user attribute of a trial whose run has ended early: after how many epochs."""
 
 
 class Study:
@@ -46,7 +52,7 @@ class Study:
             sampler=None,
             direction=config.direction.value,
             storage=None,
-            study_name="study",
+            study_name=STUDY,
             n_trials=settings.num_trials,
             n_jobs=settings.num_parallel,
             max_failure_rate=settings.max_failure_rate,
@@ -61,46 +67,110 @@ class Study:
         if config.launch is None and not folder.hold():  # a queue holds it already
             raise Refused(folder.held_message())
         OmegaConf.save(config, folder.path / "multirun.yaml")  # as Hydra's own sweeper does
-        sweeper.storage = f"sqlite:///{folder.path}/{STORAGE}"
-        names = {"study_name": sweeper.study_name, "storage": sweeper.storage}
         try:
-            study = optuna.load_study(**names)
+            study = open_study(folder.path / STORAGE)
         except KeyError:
-            study = optuna.create_study(**names, direction=sweeper.direction)
-        if study.direction.name.lower() != sweeper.direction:
+            study = optuna.create_study(
+                study_name=STUDY,
+                storage=url(folder.path / STORAGE),
+                direction=config.direction.value,
+            )
+        if study.direction.name.lower() != config.direction.value:
             raise Refused(
                 f"{folder.path} holds a study with direction={study.direction.name.lower()}; give "
                 "this one another name="
             )
         for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # its command was cut
-        self._num_before = len(study.trials)
-        if self._num_before:
-            print(f"continuing {folder.path}: {self._num_before} trials of {settings.num_trials}")
-        sweeper.job_idx = self._num_before  # the number of a trial is that of its job
-        sweeper.n_trials = max(0, settings.num_trials - self._num_before)
-        sweeper.sampler = _sampler(settings, seed=config.seed + self._num_before)
-        sweeper.launcher = _Judging(sweeper.launcher, objective=config.objective, study=study)
-        self._sweeper, self._study = sweeper, study
+        num_before = len(study.trials)
+        if num_before:
+            print(f"continuing {folder.path}: {num_before} trials of {settings.num_trials}")
+        if settings.pruner != "none" and config.objective.startswith("test_"):
+            print(f"objective={config.objective} is measured after the fit: no trial is pruned")
+        self._sampler = _sampler(settings, seed=config.seed + num_before)
+        self._sweeper, self._study, self._folder = sweeper, study, folder
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the trials that are left.
 
         Raises JobsFailed where the first trials failed, more failed than are allowed, or all did.
         """
+        from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
+
+        settings = self._settings
+        space, fixed = create_params_from_overrides(
+            [*self._sweeper._parse_sweeper_params_config(), *arguments]
+        )
+        while (left := settings.num_trials - len(self._study.trials)) > 0:
+            self._study.sampler = self._sampler
+            trials = [self._study.ask() for _ in range(min(left, settings.num_parallel))]
+            typed = self._sweeper._configure_trials(trials, space, fixed)
+            # the number of a trial is that of its job, and one that its run can report to
+            jobs = [
+                [*words, f"sweep.trial={trial.number}"]
+                for words, trial in zip(typed, trials, strict=True)
+            ]
+            returned = self._sweeper.launcher.launch(jobs, initial_job_idx=trials[0].number)
+            # anew: Optuna does not read again what others wrote of trials that it has asked for
+            self._study = open_study(self._folder.path / STORAGE)
+            errors = [self._told(trial, job) for trial, job in zip(trials, returned, strict=True)]
+            failures = [error for error in errors if error is not None]
+            none_ran = all(job.status is JobStatus.FAILED for job in returned)
+            is_first_batch = len(self._study.trials) == len(trials)
+            if len(failures) / len(trials) > settings.max_failure_rate or (
+                is_first_batch and none_ran
+            ):
+                raise failures[0]
+        self._write_best()
+
+    def _told(self, trial: Any, job: JobReturn) -> Exception | None:
+        """Tell the study what a trial came to; its error, where it failed."""
         from optuna.trial import TrialState
 
         try:
-            self._sweeper.sweep(arguments)
+            value = float(job.return_value)
+            if not math.isfinite(value):
+                raise JobsFailed(f"{self._config.objective} is {value}")
         except RankFailed as failure:
-            raise JobsFailed(str(failure)) from None
-        except ValueError as error:
-            is_ours = isinstance(error, REFUSALS)  # or Optuna finds no best trial
-            if is_ours or self._study.get_trials(states=(TrialState.COMPLETE,)):
-                raise
-            raise JobsFailed(
-                f"none of {len(self._study.trials)} trials came to an objective"
-            ) from error
+            error: Exception = JobsFailed(str(failure))
+        except Exception as failure:
+            error = failure
+        else:
+            is_pruned = PRUNED in self._study.trials[trial.number].user_attrs
+            if is_pruned:
+                self._study.tell(trial.number, state=TrialState.PRUNED)
+            else:
+                self._study.tell(trial.number, value)
+            return None
+        self._study.tell(trial.number, state=TrialState.FAIL)
+        log.warning("Failed experiment: %s", error)
+        return error
+
+    def _write_best(self) -> None:
+        """Raises JobsFailed where no trial came to an objective."""
+        from optuna.trial import TrialState
+
+        study = self._study
+        if not study.get_trials(states=(TrialState.COMPLETE,)):
+            raise JobsFailed(f"none of {len(study.trials)} trials came to an objective")
+        best = study.best_trial
+        content = {"name": "optuna", "best_params": best.params, "best_value": best.value}
+        OmegaConf.save(OmegaConf.create(content), self._folder.path / BEST)
+        print(
+            f"best: trial {best.number}, {self._config.objective} {best.value:.4g}, {best.params}"
+        )
+
+
+def open_study(path: Path) -> Any:
+    """The study in a storage. Raises KeyError where there is none."""
+    import optuna
+
+    return optuna.load_study(study_name=STUDY, storage=url(path))
+
+
+def url(path: Path) -> str:
+    """Of a storage, as SQLAlchemy names it; a writer waits a minute for the others."""
+    return f"sqlite:///{path}?timeout=60"
 
 
 def _sampler(settings: Any, *, seed: int) -> Any:
@@ -119,39 +189,3 @@ class _Trial(TaskOfCommand):
 
     def __call__(self, cfg: DictConfig) -> Any:
         return self.task(cfg)
-
-
-class _Judging(Launcher):
-    """A launcher whose jobs have failed where their objective is not a finite number."""
-
-    def __init__(self, launcher: Launcher, *, objective: str, study: Any) -> None:
-        self._launcher = launcher
-        self._objective = objective
-        self._study = study
-
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
-        """Nothing: the launcher is set up."""
-
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> Sequence[JobReturn]:
-        """Run the jobs. Raises their error where all the trials of a new study have one."""
-        jobs = self._launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
-        if all(job.status is JobStatus.FAILED for job in jobs) and not self._has_finished():
-            for job in jobs:
-                job.return_value  # noqa: B018  # raises
-        return [self._judged(job) for job in jobs]
-
-    def _has_finished(self) -> bool:
-        from optuna.trial import TrialState
-
-        return bool(self._study.get_trials(states=(TrialState.COMPLETE, TrialState.FAIL)))
-
-    def _judged(self, job: JobReturn) -> JobReturn:
-        if job.status is JobStatus.COMPLETED and not math.isfinite(job.return_value):
-            text = f"{self._objective} is {job.return_value}"
-            job.status = JobStatus.FAILED
-            job.return_value = JobsFailed(text)
-        return job

@@ -1,11 +1,10 @@
 """Trains one run: `python -m app.train averaging=ema clip=value`."""
 
-import signal
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -13,12 +12,15 @@ from omegaconf import DictConfig
 
 from app import cli
 from app.check import check
-from app.folder import RunFolder
+from app.folder import ENDED, RunFolder
 from app.imports import importing
 from app.launch.ranks import ranks, started_elsewhere
 from app.launch.start import placed, run_ranks
 from app.tuner.answers import recalled
 from app.tuner.keys import startable, with_overrides
+
+if TYPE_CHECKING:
+    from app.pruning import PrunesTrial
 
 
 def main(cfg: DictConfig) -> float | None:
@@ -89,7 +91,8 @@ def run(cfg: DictConfig, *, typed: Sequence[str]) -> dict[str, Any] | None:
         found = everyone.first(prepared)
         if found["result"] is not None:
             if everyone.is_first:
-                print(f"{folder.path} is finished; see {folder.result_path}")
+                status = found["result"]["status"]
+                print(f"{folder.path} is {status}; see {folder.result_path}")
             return dict(found["result"])
         if started_elsewhere() or config["trainer"]["devices"] == 1:
             return work(cfg, found["tuned"], list(typed))
@@ -110,14 +113,31 @@ def prepare(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         config = check(with_overrides(cfg, tuned))
     folder.refuse_changes(config)
     result = folder.read_result()
-    is_finished = result is not None and result["status"] == "finished"
-    return {"result": result if is_finished else None, "tuned": tuned}
+    has_ended = result is not None and result["status"] in ENDED
+    return {"result": result if has_ended else None, "tuned": tuned}
 
 
 def work(
     cfg: DictConfig, tuned: Mapping[str, Any] | None, typed: list[str]
 ) -> dict[str, Any] | None:
     """What each rank does: search, if that has not been done, then fit and test."""
+    with importing():
+        from app.launch.requeue import requeued_or_told
+        from app.launch.signals import asked
+    with asked.listening():
+        try:
+            return search_and_train(cfg, tuned, typed)
+        except (KeyboardInterrupt, SystemExit, RuntimeError) as stop:
+            if asked.first is None:
+                raise
+            requeued_or_told(asked.first, cfg)
+            raise SystemExit(asked.exit_code) from stop
+
+
+def search_and_train(
+    cfg: DictConfig, tuned: Mapping[str, Any] | None, typed: list[str]
+) -> dict[str, Any] | None:
+    """Search, if that has not been done, then fit and test."""
     folder = RunFolder(Path(cfg.run_dir))
     if tuned is not None:
         cfg = with_overrides(cfg, tuned)
@@ -137,11 +157,9 @@ def work(
 def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     """Fit and test; returns the content of result.json, which is written also on a failure."""
     with importing():
-        from lightning.pytorch.utilities.exceptions import SIGTERMException
-
         from app.build import build
         from app.checkpoint import newest_intact
-        from app.launch.signals import LeavesAtBatchEnd
+        from app.launch.signals import StopsOnSignal, asked
         from app.progress import StartTable
         from app.record import Record, draw_curves
     is_first = ranks().is_first
@@ -149,8 +167,8 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     with record.kept():
         with record.phase("build"):
             start = StartTable(config)
-            leaves = [LeavesAtBatchEnd()] if ranks().size > 1 else []
-            run = build(config, [start, *leaves])
+            pruning = pruning_of(config)
+            run = build(config, [start, *pruning, StopsOnSignal()])
         checkpoint = ranks().first(lambda: str(newest_intact(folder.checkpoints) or "")) or None
         if checkpoint is not None and is_first:
             print(f"continuing from {checkpoint}", flush=True)
@@ -158,14 +176,10 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
             try:
                 run.trainer.fit(run.model, datamodule=run.data, ckpt_path=checkpoint)
             except (KeyboardInterrupt, SystemExit, RuntimeError) as stop:
-                asked = leaves[0].received if leaves else None
-                if isinstance(stop, RuntimeError) and asked is None:
+                if asked.first is None:
                     raise  # nobody asked: not the end of a rank that left before this one
-                if is_first:
-                    print(f"\ninterrupted; to go on type the same with name={config['name']}")
-                # Lightning says 1 and 0; a shell says 128 and the signal
-                is_term = isinstance(stop, SIGTERMException) or asked == signal.SIGTERM
-                raise SystemExit(128 + (signal.SIGTERM if is_term else signal.SIGINT)) from stop
+                raise SystemExit(asked.exit_code) from stop  # Lightning's is another
+            asked.release()
         record.content |= {
             "metrics": run.metrics(),
             "optimizer_steps": run.trainer.global_step,
@@ -173,7 +187,10 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
             "batch": start.batch,
             "checkpoints": run.checkpoints(),
         }
-        if config["test"] != "none" and run.has_test():
+        is_pruned = any(callback.has_pruned for callback in pruning)
+        if is_pruned:
+            record.outcome = "pruned"
+        elif config["test"] != "none" and run.has_test():
             path = record.content["checkpoints"][config["test"]]
             with record.phase("test"):
                 metrics = run.trainer.test(
@@ -186,8 +203,20 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
                 draw_curves(folder.path / "metrics.csv", folder.path / "curves.png")
     if is_first:
         text = "  ".join(f"{k} {v:.4g}" for k, v in sorted(record.content["metrics"].items()))
-        print(f"finished  {text}\n{folder.result_path}")
+        print(f"{record.outcome}  {text}\n{folder.result_path}")
     return record.content
+
+
+def pruning_of(config: Mapping[str, Any]) -> "list[PrunesTrial]":
+    """What ends a trial of a study early; empty where the run is none."""
+    sweep = config["sweep"]
+    if sweep is None or sweep["trial"] is None or sweep["pruner"] == "none":
+        return []
+    from app.pruning import PrunesTrial
+
+    names = ("trial", "pruner", "prune_after_trials", "prune_after_epochs")
+    chosen = {name: sweep[name] for name in names}
+    return [PrunesTrial(run_dir=config["run_dir"], objective=config["objective"], **chosen)]
 
 
 if __name__ == "__main__":

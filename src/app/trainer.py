@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.strategies import Strategy
@@ -103,10 +104,11 @@ class Trainer(pl.Trainer):
         on: int | list[int] = devices
         if strategy == "auto":
             num_nodes, on = 1, 1
-        if strategy == "auto" and started_elsewhere():
             plugins.append(LightningEnvironment())
-            if accelerator != "cpu" and torch.cuda.is_available():
+            if started_elsewhere() and accelerator != "cpu" and torch.cuda.is_available():
                 on = [int(os.environ["LOCAL_RANK"])]
+        elif started_elsewhere():
+            plugins.append(TorchElasticEnvironment())  # SLURM's would requeue by itself
         super().__init__(
             max_epochs=-1 if max_epochs is None else max_epochs,
             max_steps=-1 if max_steps is None else max_steps,

@@ -19,6 +19,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from app.cli import REFUSALS, VERSION_BASE, RankFailed, explain, is_of_the_user
+from app.folder import ENDED, RunFolder
 from app.launch.local import GRACE_S, end_in_time, leave
 
 LOG = "job.log"
@@ -32,7 +33,7 @@ class Outcome:
     """How a job ended.
 
     Attributes:
-        state: finished, failed or interrupted.
+        state: finished, pruned, failed or interrupted.
         is_refusal: whether what was typed is not allowed, so that trying again cannot help.
     """
 
@@ -131,11 +132,11 @@ def _work(
     version.setbase(VERSION_BASE)
     setup_globals()
     try:
-        outcome = _outcome(task, cfg)
+        outcome = _outcome(task, cfg, folder)
     except KeyboardInterrupt:
         outcome = Outcome(state="interrupted")
     sender.send_bytes(pickle.dumps(outcome))
-    leave(0 if outcome.state == "finished" else 1)
+    leave(0 if outcome.state in ENDED else 1)
 
 
 def _write_to(path: Path) -> None:
@@ -149,7 +150,7 @@ def _write_to(path: Path) -> None:
     os.close(log)
 
 
-def _outcome(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Outcome:
+def _outcome(task: Callable[[DictConfig], Any], cfg: DictConfig, folder: Path) -> Outcome:
     context = HydraContext(config_loader=None, callbacks=Callbacks(cfg))  # type: ignore[arg-type]
     try:
         done = run_job(
@@ -159,7 +160,9 @@ def _outcome(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Outcome:
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
-        return Outcome(state="finished", value=done.return_value)
+        value = done.return_value  # raises what the job raised
+        result = RunFolder(folder).read_result() or {}
+        return Outcome(state=result.get("status", "finished"), value=value)
     except KeyboardInterrupt:
         return Outcome(state="interrupted")
     except SystemExit as stop:

@@ -19,8 +19,8 @@ from app.launch.composing import Composer
 from app.launch.local import PRELOADED
 from app.launch.runner import Runner
 from app.launch.slots import find_slots
-from app.sweep.folder import claim, command, config_dirs, is_of_the_command
-from app.sweep.journal import Job
+from app.sweep.folder import alone, claim, command, config_dirs, of_one_run
+from app.sweep.journal import DONE, Job
 from app.sweep.progress import Progress, counts, first_line, labels
 
 
@@ -104,7 +104,7 @@ class Queue:
         chosen = self._settings.jobs
         if chosen is not None and job.job not in chosen:
             return False
-        return job.state not in ("finished", "cancelled")
+        return job.state not in DONE
 
     def _announcement(self, jobs: Sequence[Job], todo: Sequence[Job]) -> str:
         path = self._folder.path
@@ -149,8 +149,8 @@ class Queue:
         """The command that runs a job alone, in its folder."""
         words = command()
         start = words[: 3 if words[1] == "-m" else 2]
-        flags = [word for path in config_dirs(self._config) for word in ("--config-dir", path)]
-        typed = [word for word in filter_overrides(job.overrides) if not is_of_the_command(word)]
+        flags = alone(self._config.hydra.job.config_name, config_dirs(self._config))
+        typed = of_one_run(list(filter_overrides(job.overrides)))
         run_dir = f"hydra.run.dir={os.path.join(self._folder.path, str(job.folder))}"
         return shlex.join([*start, *flags, *typed, run_dir])
 

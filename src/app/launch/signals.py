@@ -1,42 +1,250 @@
-"""A rank that is asked to stop: it notes it at once, and leaves at the end of a batch."""
+"""One owner of the signals that ask a run to stop.
 
+The handler only notes a signal. A fit heeds it between two optimizer steps: all ranks agree on the
+same one, one checkpoint is written, and they leave. Outside of a fit nothing is half done, and the
+process leaves at once.
+"""
+
+import math
+import os
 import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from torch import distributed
+from torch.utils.data import DataLoader
+
+from app.checkpoint import Checkpoints, validation_is_due
+from app.resume import ExactResume, ResumableLoader
+
+HEEDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Pre-emption and `kill`, a user's `scancel --signal=USR1`, and SLURM's warning before a time-out
+as submitit asks for it."""
+
+SHARE_OF_TIME = 0.01
+"""Of a training step, which the ranks may spend on asking each other."""
+
+MOST_S = 0.5
+"""How long a signal may wait for the ranks to ask each other, where steps are short."""
 
 
-class LeavesAtBatchEnd(pl.Callback):
-    """Ends a run of several ranks after SIGTERM at the end of a batch, on each rank by itself.
-
-    Lightning's handler talks to the other ranks from inside the signal, where they listen to
-    something else: the run hangs, or trains on numbers that were not meant for it.
+class Asked:
+    """The signals that have asked this process to stop.
 
     Attributes:
-        received: the signal that asked this rank to stop, also Ctrl-C's; None before.
+        first: the first of them; None before.
     """
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        self.first: signal.Signals | None = None
+        self._on_first: Callable[[], None] | None = None
+        self._is_fitting = False
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning puts back what was there before the fit
-        signal.signal(signal.SIGTERM, self._note)
-        signal.signal(signal.SIGINT, self._note)
+    @property
+    def exit_code(self) -> int:
+        """What a shell says of a process that a signal ended; 0 before."""
+        return 0 if self.first is None else 128 + self.first
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self._leave()
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note signals to the end of the block; where this is the main thread."""
+        self.first, self._on_first, self._is_fitting = None, None, False
+        is_main = threading.current_thread() is threading.main_thread()
+        before = [(n, signal.getsignal(n)) for n in (*HEEDED, signal.SIGINT)] if is_main else []
+        self.listen()
+        try:
+            yield
+        finally:
+            for number, handler in before:
+                signal.signal(number, handler)
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self._leave()
+    def listen(self) -> None:
+        """Take the signals, also back from Lightning, whose handler talks to other ranks."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (*HEEDED, signal.SIGINT):
+                signal.signal(number, self._note)
+
+    def hold(self, on_first: Callable[[], None]) -> None:
+        """From here on a signal is only noted, and `on_first` called at the first."""
+        self._is_fitting, self._on_first = True, on_first
+        if self.first is not None:
+            on_first()
+
+    def release(self) -> None:
+        """A signal ends the process at once again. Raises SystemExit where one came before."""
+        self._is_fitting, self._on_first = False, None
+        if self.first is not None:
+            raise SystemExit(self.exit_code)
+
+    def note(self, number: int) -> None:
+        """Note that another rank was asked to stop."""
+        self.first = self.first or signal.Signals(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
+        is_first = self.first is None
+        self.note(number)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self._is_fitting:
+            raise SystemExit(self.exit_code)
+        if is_first and self._on_first is not None:
+            self._on_first()
 
-    def _leave(self) -> None:
-        if self.received == signal.SIGTERM:
-            raise SIGTERMException
+
+asked = Asked()
+"""Of this process: signals are the process's."""
+
+
+class StopsOnSignal(pl.Callback):
+    """Saves a fit that was asked to stop, and leaves it, between two optimizer steps.
+
+    A signal in a validation, or before one that is due, is heeded after a batch of it; the
+    checkpoint says that the validation has not begun, and the continued run makes it anew. Not
+    after the last step of `trainer.max_steps`: Lightning would not come back to that validation.
+    """
+
+    def __init__(self) -> None:
+        self._agreement: _Agreement | None = None
+        self._num_val_batches = 0
+        self._least_val_batches: float = math.inf
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for loaders in (trainer.train_dataloader, trainer.val_dataloaders):
+            for loader in CombinedLoader(loaders).flattened if loaders is not None else ():
+                _let_workers_end_with_parent(loader)
+        asked.listen()
+        self._agreement = _Agreement() if trainer.world_size > 1 else None
+        if self._agreement is None:
+            self._sleep()
+        asked.hold(self._wake)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        window_open = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
+        if window_open or trainer.is_last_batch or validation_is_due(trainer, batch_idx):
+            return
+        if self._is_agreed():
+            self._leave(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._num_val_batches = 0
+        if self._agreement is not None and trainer.state.fn == "fit":
+            num_batches = sum(trainer.num_val_batches)
+            self._least_val_batches = self._agreement.least(num_batches)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self._num_val_batches += 1
+        is_after_the_last_step = -1 < trainer.max_steps <= trainer.global_step
+        if self._num_val_batches >= self._least_val_batches or is_after_the_last_step:
+            return
+        if self._is_agreed():
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, ExactResume):
+                    callback.repeats_validation = True
+            self._leave(trainer)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        asked.listen()
+
+    def _is_agreed(self) -> bool:
+        if self._agreement is None:
+            return asked.first is not None
+        number = self._agreement.greatest(int(asked.first or 0))
+        if number:
+            asked.note(number)
+        return bool(number)
+
+    def _leave(self, trainer: pl.Trainer) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Checkpoints):
+                callback.save(trainer)
+        raise SystemExit(asked.exit_code)
+
+    def _sleep(self) -> None:
+        """Cost nothing until the first signal: Lightning passes over hooks that are None."""
+        self.__dict__.update(on_train_batch_end=None, on_validation_batch_end=None)
+
+    def _wake(self) -> None:
+        for hook in ("on_train_batch_end", "on_validation_batch_end"):
+            self.__dict__.pop(hook, None)
+
+
+class _Agreement:
+    """What the ranks ask each other, all at the same moments, for a small share of their time."""
+
+    def __init__(self) -> None:
+        # on the CPU: a device would have to finish its work first
+        is_on_cpu = distributed.get_backend() == "gloo"
+        self._group = None if is_on_cpu else distributed.new_group(backend="gloo")
+        self._num_calls = 0
+        self._ask_at = 1
+        self._pause = 1
+        self._least_cost_s = math.inf
+        self._began = time.perf_counter()
+
+    def greatest(self, number: int) -> int:
+        """The greatest number on any rank; 0 where the ranks do not ask each other this time."""
+        self._num_calls += 1
+        if self._num_calls < self._ask_at:
+            return 0
+        start = time.perf_counter()
+        told = torch.tensor([number, self._pause])
+        distributed.all_reduce(told, distributed.ReduceOp.MAX, group=self._group)
+        end = time.perf_counter()
+        self._least_cost_s = min(self._least_cost_s, end - start)
+        between_s = (start - self._began) / self._num_calls
+        wanted = math.ceil(self._least_cost_s / (SHARE_OF_TIME * between_s))
+        self._pause = max(1, min(wanted, int(MOST_S / between_s)))
+        self._num_calls, self._began, self._ask_at = 0, end, int(told[1])
+        return int(told[0])
+
+    def least(self, number: float) -> float:
+        """The least number on any rank."""
+        told = torch.tensor(float(number))
+        distributed.all_reduce(told, distributed.ReduceOp.MIN, group=self._group)
+        return float(told)
+
+
+def _let_workers_end_with_parent(loader: Any) -> None:
+    if isinstance(loader, ResumableLoader):
+        loader = loader.loader
+    if isinstance(loader, DataLoader) and loader.num_workers > 0:
+        loader.worker_init_fn = _EndsWithParent(loader.worker_init_fn)
+
+
+class _EndsWithParent:
+    """Of the signals that a job gets, a DataLoader's worker heeds its parent's only.
+
+    SLURM sends them to all processes of a job: a worker that ended would take the batches with it
+    that the parent waits for, before it comes to its checkpoint.
+    """
+
+    def __init__(self, init: Callable[[int], None] | None) -> None:
+        self._init = init
+
+    def __call__(self, worker_id: int) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, HEEDED)
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        if self._init is not None:
+            self._init(worker_id)
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo(HEEDED).si_pid != parent:
+        pass
+    os._exit(0)

@@ -32,6 +32,7 @@ class Run:
         tuned: what a finder of this run found, by key.
         result: content of `result.json`.
         config_dirs: `--config-dir` of the sweep it is of.
+        config_name: `--config-name` of that sweep; None where it is of none.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Run:
     result: Mapping[str, Any]
     job: Job | None
     config_dirs: list[str]
+    config_name: str | None = None
 
     @property
     def seed(self) -> int | None:
@@ -92,12 +94,13 @@ class _Sweep:
     """A folder with a journal or with Hydra's `multirun.yaml`.
 
     Attributes:
-        config_dirs: what `--config-dir` it was started with, which its jobs do not note.
+        config_dirs, config_name: what it was started with, which its jobs do not note.
         is_launched: whether a launcher runs it now.
     """
 
     jobs: dict[Path, Job]
     config_dirs: list[str]
+    config_name: str | None
     is_launched: bool
 
 
@@ -138,14 +141,16 @@ class _Reader:
                 noted = None
             if noted is not None:
                 jobs = {folder / (job.folder or str(job.job)): job for job in noted.jobs.values()}
-                dirs = noted.definition.get("config_dirs") or []
-                return _Sweep(jobs, dirs, is_launched=sweep.holder() is not None)
+                dirs, name = (noted.definition[key] for key in ("config_dirs", "config"))
+                return _Sweep(jobs, dirs, name, is_launched=sweep.holder() is not None)
         content = self._yaml(folder / "multirun.yaml")
         if content is None:
             return None
-        sources = content.get("hydra", {}).get("runtime", {}).get("config_sources") or ()
+        hydra = content.get("hydra", {})
+        sources = hydra.get("runtime", {}).get("config_sources") or ()
         dirs = [str(one["path"]) for one in sources if one["provider"] == "command-line"]
-        return _Sweep({}, dirs, is_launched=False)
+        name = hydra.get("job", {}).get("config_name")
+        return _Sweep({}, dirs, name, is_launched=False)
 
     def _read(self, path: Path, sweep: _Sweep | None) -> None:
         folder = RunFolder(path)
@@ -172,6 +177,7 @@ class _Reader:
             result=result,
             job=job,
             config_dirs=sweep.config_dirs if sweep else [],
+            config_name=sweep.config_name if sweep else None,
         )
 
     def _yaml(self, path: Path) -> Any:

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from app.report.reading import Run
-from app.sweep.folder import is_of_the_command
+from app.sweep.folder import alone, of_one_run
 
 OF_THE_FOLDER = ("run_dir", "hydra.run.dir")
 """Typed keys that would train elsewhere."""
@@ -19,8 +19,7 @@ def command(run: Run) -> str | None:
     """
     if run.config is None and run.job is None:
         return None
-    of_the_run = [item for item in run.typed if not is_of_the_command(item)]
-    keys = {item.partition("=")[0].lstrip("+~"): item for item in of_the_run}
+    keys = {item.partition("=")[0].lstrip("+~"): item for item in of_one_run(run.typed)}
     typed = [item for key, item in keys.items() if key not in OF_THE_FOLDER]
     if run.folder.absolute().parent == Path("runs").absolute():
         typed = [item for key, item in keys.items() if key not in (*OF_THE_FOLDER, "name")]
@@ -31,7 +30,7 @@ def command(run: Run) -> str | None:
     # app.tune is app.train with the tuner chosen, which its overrides do not say
     is_tune = searched and not {"tuner", "experiment"} & keys.keys()
     module = "app.tune" if is_tune else "app.train"
-    flags = [word for path in run.config_dirs for word in ("--config-dir", path)]
+    flags = alone(run.config_name, run.config_dirs)
     return shlex.join(["python", "-m", module, *flags, *typed, where])
 
 

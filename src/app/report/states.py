@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from app.folder import ENDED as DONE
 from app.sweep.journal import Job
 
 KILLED = "ended without a word: killed"
@@ -24,8 +25,8 @@ def true_state(
         is_launched: whether a launcher runs the sweep, which may be starting the job.
     """
     said = result.get("status")
-    if said == "finished":
-        return "finished", None
+    if said in DONE:
+        return said, None
     if is_held:
         return "running", None
     queued = f"; attempt {job.attempt + 1} is queued" if job and job.state == "queued" else ""

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from glob import glob
 from pathlib import Path
@@ -262,6 +262,19 @@ def is_of_the_command(word: str) -> bool:
     """Whether an override says only how and where a sweep runs."""
     key = _key(word)
     return any(key == name or key.startswith(f"{name}.") for name in OF_THE_COMMAND)
+
+
+def of_one_run(overrides: list[str]) -> list[str]:
+    """Without what says that, and how, a job was one of a sweep."""
+    return [word for word in of_the_job(overrides) if _key(word).partition(".")[0] != "sweep"]
+
+
+def alone(config_name: str | None, dirs: Iterable[str]) -> list[str]:
+    """The words that let a job of a sweep run alone, before what was typed for it."""
+    words = [word for path in dirs for word in ("--config-dir", path)]
+    if config_name not in (None, "train", "tune"):  # a file that says itself that it is a sweep
+        words += ["--config-name", str(config_name), "hydra.mode=RUN", "launch=none", "sweep=none"]
+    return words
 
 
 def _key(word: str) -> str:

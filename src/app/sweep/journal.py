@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 NAME = "journal.jsonl"
+DONE = ("finished", "pruned", "cancelled")
+"""States of jobs that a resumed sweep does not run."""
 TAIL_BYTES = 1 << 16
 
 
@@ -25,7 +27,7 @@ class Job:
 
     Attributes:
         folder: relative to that of the sweep; None before the job has started.
-        state: queued, running, finished, failed, interrupted or cancelled.
+        state: queued, running, finished, pruned, failed, interrupted or cancelled.
         attempt: how often it was started.
         value: what the task returned, where that is a number; a sweeper may want it.
     """
@@ -58,7 +60,7 @@ class Sweep:
 
     def unfinished(self) -> list[Job]:
         """The jobs that a resumed sweep runs."""
-        return [job for job in self.jobs.values() if job.state not in ("finished", "cancelled")]
+        return [job for job in self.jobs.values() if job.state not in DONE]
 
 
 class Journal:

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 
+from app.folder import ENDED
 from app.sweep.journal import Job
 
 
@@ -29,7 +30,7 @@ class Progress:
     def ended(self, job: Job, *, waiting: int) -> None:
         """A job has ended, in the state that it has now, while so many wait."""
         seconds = time.monotonic() - self._began.pop(job.job)
-        if job.state == "finished":
+        if job.state in ENDED:
             self._took.append(seconds)
         error = f"  {first_line(job.error)}" if job.error else ""
         again = "  (will be tried again)" if job.state == "queued" else ""
@@ -53,7 +54,7 @@ class Progress:
             print("\r\x1b[K", end="", flush=True)
 
     def _summary(self, waiting: int) -> str:
-        done, failed = (_count(self._jobs, state) for state in ("finished", "failed"))
+        done, failed = sum(job.state in ENDED for job in self._jobs), _count(self._jobs, "failed")
         text = f"{done}/{len(self._jobs)} done, {len(self._began)} running, {failed} failed"
         left = self._left_s(waiting)
         return text if left is None else f"{text}, about {duration(left)} left"
