@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_processes import command, environment, processes_of, wait_until
+from test_processes import checkpoint, command, environment, processes_of, wait_until
 
+from app.folder import RunFolder
 from app.sweep.journal import Job, Journal
 
 TINY = ("model.channels=4", "trainer.max_epochs=1", "trainer.limit_train_batches=2",
@@ -202,15 +203,45 @@ def test_two_launchers_of_one_second_run_two_sweeps(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_of_two_ranks_takes_two_slots_and_starts_them_itself(tmp_path: Path) -> None:
+def test_jobs_of_two_ranks_take_two_slots_and_train_at_one_rate(tmp_path: Path) -> None:
     command(
-        "-m", "optimizer.lr=0.1", *TINY, *LOCAL, "launch.devices_per_job=2", "strategy=ddp",
-        "trainer.devices=2", "hydra.sweep.dir=sweep", cwd=tmp_path,
+        "-m", "optimizer=none", "model=custom", "model._target_=theirs.LitModel", "data=custom",
+        "data._target_=theirs.LitData", "+model.lr=shuffle(0.03,0.01,0.1)", *LOCAL, "logger=csv",
+        "launch.devices_per_job=2", "strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu",
+        "trainer.max_epochs=1", "hydra.sweep.dir=sweep", cwd=tmp_path,
     )  # fmt: skip
-    (job,) = jobs_in(tmp_path / "sweep")
-    assert (job.state, job.device) == ("finished", "0,1")
-    result = json.loads((tmp_path / "sweep/0/result.json").read_text())
-    assert result["batch"]["world_size"] == 2
+    rates = set()
+    for job in jobs_in(tmp_path / "sweep"):
+        assert (job.state, job.device) == ("finished", "0,1")
+        content = checkpoint(tmp_path / f"sweep/{job.job}")
+        assert len(content["resume"]) == 2  # ranks
+        rate = content["hyper_parameters"]["lr"]
+        assert f"+model.lr={rate}" in job.overrides
+        rates.add(rate)
+    assert rates == {0.03, 0.01, 0.1}
+
+
+@pytest.mark.slow
+def test_jobs_that_run_at_the_same_time_search_once_for_what_decides_the_answer(
+    tmp_path: Path,
+) -> None:
+    typed = ("-m", "seed=1,2", "model.channels=4,6", *TINY[1:], "tuner=lr_find",
+             "tuner.lr.num_steps=20", "hydra.sweep.dir=sweep", *LOCAL)  # fmt: skip
+    printed = command(*typed, "launch.slots=4", cwd=tmp_path)
+    assert "4 finished" in printed
+    answers = sorted((tmp_path / "runs/.tuned").glob("*.yaml"))
+    assert len(answers) == 2  # one for each size of the model
+    found: dict[int, list[Any]] = {4: [], 6: []}
+    for job in jobs_in(tmp_path / "sweep"):
+        run = RunFolder(tmp_path / f"sweep/{job.job}")
+        config, log = run.read_config(), (run.path / "job.log").read_text()
+        assert config is not None
+        found[config["model"]["channels"]].append(
+            (config["optimizer"]["lr"], "(from runs/.tuned/" in log)
+        )
+    for (one, was_first), (other, was_second) in found.values():
+        assert one == other
+        assert was_first != was_second  # one searched, and the other waited for it
 
 
 def test_one_run_on_a_queue_is_refused_and_a_queue_without_settings_too(tmp_path: Path) -> None:

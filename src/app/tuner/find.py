@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from app.build import build_model_and_data
 from app.check import check
 from app.cli import Refused
+from app.folder import write_atomically
 from app.launch import DDP, SINGLE
 from app.launch.ranks import ranks
 from app.tuner.answers import NAME, cache_key, read_tuned, searching, write_tuned
@@ -64,7 +65,7 @@ def find(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             return overrides
         overrides = _search(cfg, folder)
         if ranks().is_first:
-            path.write_bytes((folder / NAME).read_bytes())
+            write_atomically(path, (folder / NAME).read_bytes())
     return overrides
 
 
