@@ -34,6 +34,15 @@ class FailsOnce(theirs.LitModel):
             raise LookupError("the data are gone")
         return super().training_step(batch, batch_idx)
 '''
+GATHERING = '''
+import theirs
+import torch
+class Gathering(theirs.LitModel):
+    """Its checkpoints say at which rate each rank trains."""
+    def on_save_checkpoint(self, checkpoint):
+        rate = torch.tensor(self.optimizers().param_groups[0]["lr"], dtype=torch.float64)
+        checkpoint["rate_of_each_rank"] = self.all_gather(rate).tolist()
+'''
 THEIRS = ("optimizer=none", "model=custom", "model._target_=failing.FailsOnce", "data=custom",
           "data._target_=theirs.LitData", "trainer.accelerator=cpu", "trainer.max_epochs=1",
           "trainer.limit_train_batches=2", "logger=csv")  # fmt: skip
@@ -203,20 +212,25 @@ def test_two_launchers_of_one_second_run_two_sweeps(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_jobs_of_two_ranks_take_two_slots_and_train_at_one_rate(tmp_path: Path) -> None:
+def test_jobs_of_two_ranks_take_two_slots_each_and_train_at_one_rate_in_all_ranks(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "gathering.py").write_text(GATHERING)
     command(
-        "-m", "optimizer=none", "model=custom", "model._target_=theirs.LitModel", "data=custom",
-        "data._target_=theirs.LitData", "+model.lr=shuffle(0.03,0.01,0.1)", *LOCAL, "logger=csv",
-        "launch.devices_per_job=2", "strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu",
-        "trainer.max_epochs=1", "hydra.sweep.dir=sweep", cwd=tmp_path,
+        "-m", "optimizer=sgd", "optimizer.lr=shuffle(0.03,0.01,0.1)", "model=custom",
+        "model._target_=gathering.Gathering", "data=custom", "data._target_=theirs.LitData",
+        "launch=local", "launch.slots=4", "launch.devices_per_job=2", "strategy=ddp",
+        "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_epochs=1", "logger=csv",
+        "hydra.sweep.dir=sweep", cwd=tmp_path,
     )  # fmt: skip
     rates = set()
     for job in jobs_in(tmp_path / "sweep"):
-        assert (job.state, job.device) == ("finished", "0,1")
+        assert job.state == "finished"
+        assert job.device in ("0,1", "2,3")
         content = checkpoint(tmp_path / f"sweep/{job.job}")
-        assert len(content["resume"]) == 2  # ranks
-        rate = content["hyper_parameters"]["lr"]
-        assert f"+model.lr={rate}" in job.overrides
+        rate, other = content["rate_of_each_rank"]
+        assert rate == other
+        assert f"optimizer.lr={rate}" in job.overrides
         rates.add(rate)
     assert rates == {0.03, 0.01, 0.1}
 
@@ -225,23 +239,26 @@ def test_jobs_of_two_ranks_take_two_slots_and_train_at_one_rate(tmp_path: Path) 
 def test_jobs_that_run_at_the_same_time_search_once_for_what_decides_the_answer(
     tmp_path: Path,
 ) -> None:
-    typed = ("-m", "seed=1,2", "model.channels=4,6", *TINY[1:], "tuner=lr_find",
-             "tuner.lr.num_steps=20", "hydra.sweep.dir=sweep", *LOCAL)  # fmt: skip
-    printed = command(*typed, "launch.slots=4", cwd=tmp_path)
-    assert "4 finished" in printed
-    answers = sorted((tmp_path / "runs/.tuned").glob("*.yaml"))
-    assert len(answers) == 2  # one for each size of the model
-    found: dict[int, list[Any]] = {4: [], 6: []}
-    for job in jobs_in(tmp_path / "sweep"):
-        run = RunFolder(tmp_path / f"sweep/{job.job}")
+    command(
+        "-m", "data.batch_size=16,32", "seed=1,2", *TINY[:-2], "trainer.accelerator=cpu",
+        "tuner=lr_find", "tuner.lr.num_steps=40", "tuner.lr.on_doubt=use", *LOCAL,
+        "hydra.sweep.dir=sweep", cwd=tmp_path,
+    )  # fmt: skip
+    events = Journal(tmp_path / "sweep").events()
+    begun = [(event["job"], event["state"]) for event in events if event["event"] == "job"][4:6]
+    assert begun == [(0, "running"), (1, "running")]  # the same size, at the same time
+    answers = []
+    for job in range(4):
+        run = RunFolder(tmp_path / f"sweep/{job}")
         config, log = run.read_config(), (run.path / "job.log").read_text()
         assert config is not None
-        found[config["model"]["channels"]].append(
-            (config["optimizer"]["lr"], "(from runs/.tuned/" in log)
-        )
-    for (one, was_first), (other, was_second) in found.values():
-        assert one == other
-        assert was_first != was_second  # one searched, and the other waited for it
+        rate = config["optimizer"]["lr"]
+        assert f"tuner: optimizer.lr={rate}" in log
+        answers.append((rate, "(from runs/.tuned/" in log))
+    rates, were_there = zip(*answers, strict=True)
+    assert rates[0] == rates[1] != rates[2] == rates[3]
+    # one searched, the other waited for it
+    assert sorted(were_there[:2]) == sorted(were_there[2:]) == [False, True]
 
 
 def test_one_run_on_a_queue_is_refused_and_a_queue_without_settings_too(tmp_path: Path) -> None:

@@ -1,56 +1,37 @@
 """The launcher of `launch=local`: the jobs of a sweep, a queue over devices. Needs no torch."""
 
-import gc
 import multiprocessing
-import os
-import shlex
+import signal
 from collections.abc import Sequence
 from multiprocessing import forkserver
-from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
+from hydra.core.utils import JobReturn
 from hydra.types import TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 
-from app.cli import JobsFailed, Refused, TaskOfCommand
-from app.launch.composing import Composer
+from app.launch.batch import Batch
 from app.launch.local import PRELOADED
 from app.launch.runner import Runner
 from app.launch.slots import find_slots
-from app.sweep.folder import alone, claim, command, config_dirs, of_one_run
-from app.sweep.journal import DONE, Job
-from app.sweep.progress import Progress, counts, first_line, labels
+from app.sweep.journal import Job
+from app.sweep.progress import Progress
 
 
 class Queue:
     """A queue over the devices of this machine, for one sweep.
 
     Args:
-        loader: composes the jobs.
-        task: what Hydra calls with a job's configuration.
-        config: of the sweep; is told the folder.
+        loader, task, config: of `Batch`.
 
-    Raises Refused where the folder is held, or holds another sweep.
+    Raises Refused where the sweep's folder is held, or holds another sweep.
     """
 
     def __init__(self, *, loader: ConfigLoader, task: TaskFunction, config: DictConfig) -> None:
-        if OmegaConf.select(config, "launch") is None:
-            raise Refused("hydra/launcher=queue has no settings; type launch=local instead")
-        try:
-            settings: Any = OmegaConf.to_object(config.launch)
-        except ValueError as error:
-            raise Refused(str(error)) from None
-        assert isinstance(task, TaskOfCommand)
-        self._settings = settings
-        self._task = task.task
-        self._config = config
-        self._composer = Composer(loader)
-        self._folder, self._definition = claim(config)
-        print(f"{self._folder.path}: composing the jobs", flush=True)
-        self._context = multiprocessing.get_context(settings.start_method.value)
-        if settings.start_method.value == "forkserver":
+        self._batch = Batch(loader=loader, task=task, config=config)
+        self._settings = self._batch.settings
+        self._context = multiprocessing.get_context(self._settings.start_method.value)
+        if self._settings.start_method.value == "forkserver":
             multiprocessing.set_forkserver_preload(PRELOADED)
             forkserver.ensure_running()  # imports torch while the sweeper composes the jobs
 
@@ -59,115 +40,25 @@ class Queue:
 
         Raises SystemExit where the sweep was interrupted: 128 and the signal.
         """
-        gc.enable()
-        setup_globals()
-        configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
-        jobs = self._folder.add(self._definition, [list(typed) for typed in job_overrides])
-        for job in jobs:
-            if job.state == "finished" and not (self._folder.path / str(job.folder)).is_dir():
-                job.state = "queued"  # somebody wants it anew
-        todo = [job for job in jobs if self._is_to_run(job)]
-        progress = Progress(jobs)
-        progress.say(self._announcement(jobs, todo))
-        if todo:
-            slots = find_slots(
-                asked=self._settings.slots,
-                accelerator=self._config.trainer.accelerator.value,
-                context=self._context,
-            )
-            unit = "GPU" if slots.are_gpus else "CPU slot"
-            progress.say(f"{len(slots.names)} {unit}{'s' if len(slots.names) > 1 else ''}")
-            runner = Runner(
-                folder=self._folder,
-                settings=self._settings,
-                slots=slots,
-                progress=progress,
-                context=self._context,
-                task=self._task,
-                compose=self._composed,
-            )
-            stopped_by = runner.run(todo)
-            if stopped_by is not None:
-                progress.say(
-                    f"interrupted: {counts(jobs)}; to go on type the same command, or python -m "
-                    f"app.sweep resume {self._folder.path}"
-                )
-                raise SystemExit(128 + stopped_by)
-        lost = [job for job in todo if job.state in ("failed", "interrupted")]
-        summary = f"{self._folder.path}: {counts(jobs)}"
-        if not lost:
-            progress.say(summary)
-        failure = JobsFailed(f"{summary}\n{self._listing(jobs, lost)}")
-        return [_Lost(failure) if job in lost else _returned(job) for job in jobs]
+        return self._batch.launch(job_overrides, self._run)
 
-    def _is_to_run(self, job: Job) -> bool:
-        chosen = self._settings.jobs
-        if chosen is not None and job.job not in chosen:
-            return False
-        return job.state not in DONE
-
-    def _announcement(self, jobs: Sequence[Job], todo: Sequence[Job]) -> str:
-        path = self._folder.path
-        if all(job.state == "queued" and job.attempt == 0 for job in jobs):
-            return f"{path}: {len(jobs)} job{'s' if len(jobs) > 1 else ''}"
-        return (
-            f"continuing {path}: {counts(jobs)}; {len(todo)} to run "
-            "(resume=never starts a sweep anew)"
+    def _run(
+        self, jobs: Sequence[Job], todo: list[Job], progress: Progress
+    ) -> signal.Signals | None:
+        slots = find_slots(
+            asked=self._settings.slots,
+            accelerator=self._batch.config.trainer.accelerator.value,
+            context=self._context,
         )
-
-    def _composed(self, job: Job) -> DictConfig:
-        """The configuration of a job, with its folder; notes the folder."""
-        cfg = self._composer.compose(self._config, list(job.overrides))
-        with open_dict(cfg):
-            cfg.hydra.job.id = str(job.job)
-            cfg.hydra.job.num = job.job
-            cfg.hydra.sweep.dir = str(self._folder.path)
-            if job.folder is not None:
-                cfg.hydra.sweep.subdir = job.folder
-            cfg.launch = None  # the job is one run
-            cfg.resume = "auto"  # also when it is tried again
-        HydraConfig.instance().set_config(cfg)
-        job.folder = str(cfg.hydra.sweep.subdir)
-        return cfg
-
-    def _listing(self, jobs: Sequence[Job], lost: Sequence[Job]) -> str:
-        """The jobs that came to nothing, each with its error and the command that runs it again."""
-        names = labels(jobs)
-        lines = []
-        for job in lost:
-            error = first_line(job.error) or job.state
-            lines += [
-                f"#{job.job}  {names[job.job]}",
-                f"    {error}",
-                f"    {self._folder.path / str(job.folder) / 'job.log'}",
-                f"    {self._single(job)}",
-            ]
-        lines.append(f"all of them: python -m app.sweep retry {self._folder.path}")
-        return "\n".join(lines)
-
-    def _single(self, job: Job) -> str:
-        """The command that runs a job alone, in its folder."""
-        words = command()
-        start = words[: 3 if words[1] == "-m" else 2]
-        flags = alone(self._config.hydra.job.config_name, config_dirs(self._config))
-        typed = of_one_run(list(filter_overrides(job.overrides)))
-        run_dir = f"hydra.run.dir={os.path.join(self._folder.path, str(job.folder))}"
-        return shlex.join([*start, *flags, *typed, run_dir])
-
-
-class _Lost(JobReturn):
-    """What a sweeper gets for a job that failed: raises when it is read."""
-
-    def __init__(self, failure: JobsFailed) -> None:
-        super().__init__(status=JobStatus.FAILED)
-        self._failure = failure
-
-    @property  # type: ignore[misc]  # nobody sets it
-    def return_value(self) -> Any:
-        raise self._failure
-
-
-def _returned(job: Job) -> JobReturn:
-    done = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
-    done.return_value = job.value
-    return done
+        unit = "GPU" if slots.are_gpus else "CPU slot"
+        progress.say(f"{len(slots.names)} {unit}{'s' if len(slots.names) > 1 else ''}")
+        runner = Runner(
+            folder=self._batch.folder,
+            settings=self._settings,
+            slots=slots,
+            progress=progress,
+            context=self._context,
+            task=self._batch.task,
+            compose=self._batch.composed,
+        )
+        return runner.run(todo)

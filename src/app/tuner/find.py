@@ -61,7 +61,7 @@ def find(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         if overrides is not None:
             say(f"tuner: {typed(overrides) or 'no change'}  (from {path})")
             if ranks().is_first:
-                (folder / NAME).write_bytes(path.read_bytes())
+                write_atomically(folder / NAME, path.read_bytes())
             return overrides
         overrides = _search(cfg, folder)
         if ranks().is_first:
