@@ -24,6 +24,8 @@ KEYS = {
     "error, clip]",
     ("averaging.decay=0.9",): "averaging.decay has no effect: averaging is off; choose "
     "averaging=ema|swa|uniform as well",
+    ("averaging=none", "++averaging.decay=0.9"): "averaging.decay has no effect: averaging is off; "
+    "choose averaging=ema|swa|uniform as well",
     ("model=custom",): "model._target_ is required; type model._target_=VALUE",
     ("data=custom", "data._target_=theirs.LitData"): "model.in_features: interpolation key "
     "'data.num_features' not found; type model.in_features=VALUE",

@@ -1,102 +1,197 @@
-"""A job of a sweep that is made of another is the job that Hydra composes: values, types, flags."""
+"""A job of a sweep that is made of a template is the job that Hydra composes: values, types, flags,
+and errors."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.core.utils import setup_globals
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from app.cli import VERSION_BASE, groups
+from app.launch import composing
 from app.launch.composing import Composer, is_same
 
-ROOT = Path(__file__).parents[1]
+PRESETS = {group: presets for group, (presets, _) in groups().items()}
+ROUNDS = max(map(len, PRESETS.values()))
 VALUES = {
-    "seed": ("1", "2", "3"),
-    "name": ("a", "'b c'", "${seed}"),
-    "trainer.max_epochs": ("3", "null"),
-    "optimizer.lr": ("0.1", "1e-3"),
-    "data.batch_size": ("16", "32", "${eval:1}"),
-    "model.hidden_sizes": ("[3,4]", "[]"),
+    "seed": ("1", "0", "word"),
+    "name": ("a", "'b c'", "${seed}", "null", "1", "true"),
+    "trainer.max_epochs": ("3", "null", "???"),
+    "trainer.devices": ("2", "[0,1]", "auto", "${seed}"),
     "trainer.limit_train_batches": ("5", "0.5", "null"),
+    "optimizer.lr": ("0.1", "1e-3", "nan"),
+    "data.batch_size": ("16", "32", "${seed}"),
     "test": ("best", "last"),
-    "callbacks.checkpoint.monitor": ("val_acc", "null"),
+    "callbacks.checkpoint": ("{monitor: val_acc}", "null"),
+    "trainer": ("{max_epochs: 2}", "{devices: 1, seed: 2}"),
+    "+new": ("a", "1", "{b: 1}", "[1,2]"),
+    "++model.extra": ("2", "{a: {b: c}}"),
+    "~seed": ("1", "null"),
 }
-CHANGES = ("+model.extra=1", "++model.extra=2", "~seed", "trainer={max_epochs: 2}", "+new=a")
 
 
 class Loaders:
     """A composer over Hydra's loader, and another loader that nobody has touched."""
 
-    def __init__(self) -> None:
+    def __init__(self, *typed: str) -> None:
         version.setbase(VERSION_BASE)
         setup_globals()
         path = create_config_search_path("pkg://app.conf")
-        self.theirs, loader = ConfigLoaderImpl(path), ConfigLoaderImpl(path)
-        self.sweep = loader.load_configuration("train", ["launch=local"], RunMode.MULTIRUN)
-        self.loader = loader
-        self.composer = Composer(loader)
+        self.theirs, self.loader = ConfigLoaderImpl(path), ConfigLoaderImpl(path)
+        self.sweep = self.loader.load_configuration(
+            "train", ["launch=local", *typed], RunMode.MULTIRUN
+        )
+        self.in_full: list[Sequence[str]] = []
+        """Jobs that ours has composed in full."""
+        compose = self.loader.load_sweep_config
 
-    def both(self, *overrides: str) -> Iterator[DictConfig | str]:
-        """The job as it is made here, after a sweeper's validation, and as Hydra composes it."""
-        for compose in (self._ours, self.theirs.load_sweep_config):
-            try:
-                yield compose(self.sweep, list(overrides))
-            except HydraException as error:
-                yield f"{error} {error.__cause__}"
+        def noted(config: DictConfig, overrides: list[str]) -> DictConfig:
+            self.in_full.append(overrides)
+            return compose(config, overrides)
 
-    def _ours(self, sweep: DictConfig, overrides: list[str]) -> DictConfig:
-        self.loader.load_sweep_config(sweep, overrides)
-        return self.composer.compose(sweep, overrides)
+        self.loader.load_sweep_config = noted  # type: ignore[method-assign]
+        self.composer = Composer(self.loader)
+
+    def ours(self, *typed: str) -> Any:
+        """As a sweeper validates a job, and a launcher composes it: the configuration, or the error
+        with its cause."""
+        made = _outcome(self.loader.load_sweep_config, self.sweep, typed)
+        if isinstance(made, DictConfig):
+            made.name = "changed"  # the caller's own
+        return _outcome(self.composer.compose, self.sweep, typed)
+
+    def assert_same(self, *typed: str) -> Any:
+        """What both come to."""
+        ours = self.ours(*typed)
+        theirs = _outcome(self.theirs.load_sweep_config, self.sweep, typed)
+        if isinstance(theirs, DictConfig) and isinstance(ours, DictConfig):
+            assert is_same(ours, theirs), typed
+        else:
+            assert ours == theirs, typed
+        return theirs
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_jobs_of_random_presets_and_values_are_those_that_hydra_composes(seed: int) -> None:
-    draw = random.Random(seed)
+def _outcome(compose: Any, sweep: DictConfig, typed: Sequence[str]) -> Any:
+    try:
+        return compose(master_config=sweep, sweep_overrides=list(typed))
+    except Exception as error:
+        return type(error), str(error), type(error.__cause__), str(error.__cause__)
+
+
+@pytest.fixture(scope="module")
+def loaders() -> Loaders:
+    """After two jobs that set the same keys."""
     loaders = Loaders()
-    presets = {name: found for name, (found, _) in groups().items() if name != "hydra"}
-    num_composed = 0
-    for _ in range(6):
-        shape = [f"{name}={draw.choice(presets[name])}" for name in draw.sample([*presets], 2)]
-        shape += draw.sample(CHANGES, draw.choice((0, 0, 1)))
-        keys = draw.sample([*VALUES], 3)
-        for _ in range(3):
-            typed = [*shape, *(f"{key}={draw.choice(VALUES[key])}" for key in keys)]
-            ours, theirs = loaders.both(*typed)
-            if isinstance(ours, str) or isinstance(theirs, str):
-                assert ours == theirs, typed
-            else:
-                num_composed += 1
-                assert is_same(ours, theirs), typed
-    assert num_composed
+    for seed in (1, 2):
+        loaders.ours(f"seed={seed}", "clip.max_norm=2")
+    return loaders
+
+
+@pytest.mark.parametrize("number", range(ROUNDS))
+def test_jobs_of_all_presets_with_random_values_are_those_that_hydra_composes(number: int) -> None:
+    draw, loaders = random.Random(number), Loaders()
+    presets = [f"{name}={found[number % len(found)]}" for name, found in PRESETS.items()]
+    keys = draw.sample([*VALUES], 3)
+    places = [draw.randrange(len(presets) + 1) for _ in keys]
+    for _ in range(3):
+        typed = list(presets)
+        for key, place in zip(keys, places, strict=True):
+            typed.insert(place, f"{key}={draw.choice(VALUES[key])}")
+        loaders.assert_same(*typed)
 
 
 @pytest.mark.parametrize(
-    "bad", ["seed=word", "sed=3", "clip.max_norm=[1]", "averaging.decay=0.9", "clip=nrom", "seed="]
+    ("bad", "says"),
+    [
+        ("seed=word", "Value 'word' of type 'str' could not be converted to Integer"),
+        ("sed=3", "Could not override 'sed'"),
+        ("clip.max_norm=[1]", "Error merging override clip.max_norm=[1]"),
+        ("test=never", "Invalid value 'never', expected one of [best, last"),
+        ("averaging.decay=0.9", "Could not override 'averaging.decay'"),
+        ("+seed=3", "Could not append to config. An item is already at 'seed'"),
+        ("~nothing", "Could not delete from config. 'nothing' does not exist"),
+        ("clip=nrom", "Could not find 'clip/nrom'"),
+        ("++clip=norm", "force-add of config groups is not supported: '++clip=norm'"),
+        ("clip=1", "Config group override must be a string or a list. Got int"),
+        ("clip@here=norm", "Could not override 'clip@here'"),
+        ("seed=1,2", "Ambiguous value for argument 'seed=1,2'"),
+        ("seed=[1", "no viable alternative at input '[1'"),
+    ],
 )
-def test_an_error_in_a_late_job_is_hydras_own(bad: str) -> None:
-    loaders = Loaders()
-    for seed in (1, 2, 3):
-        ours, theirs = loaders.both(f"seed={seed}", "clip.max_norm=2")
-        assert is_same(ours, theirs)
-    good = [word for word in ("seed=4", "clip.max_norm=2") if word.split("=")[0] not in bad]
-    ours, theirs = loaders.both(*good, bad)
-    assert ours == theirs
-    assert isinstance(ours, str) or bad == "seed="
+def test_an_error_in_a_late_job_is_hydras_own_word_for_word(
+    loaders: Loaders, bad: str, says: str
+) -> None:
+    key = bad.split("=")[0]
+    good = [word for word in ("seed=4", "clip.max_norm=2") if word.split("=")[0] != key]
+    assert says in " ".join(map(str, loaders.assert_same(*good, bad)))
 
 
-def test_jobs_with_other_values_are_composed_in_full_twice_and_no_more() -> None:
+def test_a_value_of_one_kind_leaves_no_trace_in_a_job_with_one_of_another(loaders: Loaders) -> None:
+    for value in ("${tuned}", "[3,4]", "[${seed}]", "null", "[]", "5", "???", "{a: 1}", "[[1]]"):
+        loaders.assert_same("model=mlp", f"model.hidden_sizes={value}")
+
+
+def test_a_value_that_a_later_one_hides_stays_hidden(loaders: Loaders) -> None:
+    for epochs, seed in ((2, 1), (2, 2), (3, 1)):
+        typed = (f"trainer.max_epochs={epochs}", f"seed={seed}", "trainer={max_epochs: 2}")
+        assert loaders.assert_same(*typed).trainer.max_epochs == 2
+
+
+def test_jobs_that_change_the_settings_of_hydra_are_composed_in_full(loaders: Loaders) -> None:
+    for typed in ("hydra.job.env_copy=[PATH]", "hydra={job: {name: a}}", "hydra/launcher=basic"):
+        for seed in (1, 2):
+            loaders.assert_same(typed, f"seed={seed}")
+            assert loaders.in_full[-1] == [typed, f"seed={seed}"]
+
+
+def test_a_set_of_presets_is_composed_in_full_once_and_once_more_with_its_first_values() -> None:
     loaders = Loaders()
-    composed = []
-    in_full = loaders.composer._compose_in_full
-    loaders.composer._compose_in_full = lambda *a: composed.append(a[1]) or in_full(*a)
     for averaging in ("ema", "swa"):
         for seed in range(5):
-            list(loaders.both(f"averaging={averaging}", f"seed={seed}"))
-    assert composed == [[f"averaging={a}", f"seed={s}"] for a in ("ema", "swa") for s in (0, 1)]
+            loaders.ours(f"averaging={averaging}", f"seed={seed}", "+model.extra=1")
+    for clip in ("value", "none"):
+        loaders.ours(f"clip={clip}")
+    assert loaders.in_full == [
+        ["averaging=ema", "seed=0", "+model.extra=1"], ["averaging=ema"],
+        ["averaging=swa", "seed=0", "+model.extra=1"], ["averaging=swa"],
+        ["clip=value"], ["clip=none"],
+    ]  # fmt: skip
+
+
+def test_where_the_first_job_cannot_be_made_the_others_are_composed_in_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaders = Loaders()
+    monkeypatch.setattr(composing, "get_overrides_dirname", lambda **_: "another")
+    for seed in (1, 2, 3):
+        loaders.assert_same(f"seed={seed}")
+    assert loaders.in_full[-2:] == [["seed=3"], ["seed=3"]]
+
+
+def test_a_job_shares_what_the_sweep_has_resolved_before_it(loaders: Loaders) -> None:
+    loaders.sweep._metadata.resolver_cache["now"]["%Y"] = "1999"
+    for seed in (1, 5):
+        cfg = loaders.assert_same(f"seed={seed}", "clip.max_norm=2")
+        assert cfg._metadata.resolver_cache["now"]["%Y"] == "1999"
+
+
+def test_presets_of_ones_own_are_told_from_values(tmp_path: Path) -> None:
+    for group in ("clip", "mine"):
+        (tmp_path / group).mkdir()
+    (tmp_path / "clip/half.yaml").write_text(
+        "defaults: [/schema/clip/norm@_here_]\nmax_norm: 0.5\nnorm_type: 2.0\n"
+    )
+    (tmp_path / "mine/one.yaml").write_text("# @package _global_\nseed: 7\n")
+    loaders = Loaders(f"hydra.searchpath=[file://{tmp_path}]", "hydra.run.dir='${not_yet:known}'")
+    for epochs in (1, 2, 3):
+        typed = ("+mine=one", f"trainer.max_epochs={epochs}", "clip=half")
+        cfg = loaders.assert_same(*typed)
+        assert (cfg.seed, cfg.clip.max_norm, cfg.trainer.max_epochs) == (7, 0.5, epochs)
+    assert len(loaders.in_full) == 2

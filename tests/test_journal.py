@@ -20,7 +20,7 @@ from app.cli import Refused
 from app.launch.slots import VISIBLE, Slots, find_slots
 from app.sweep.folder import SweepFolder, claim, hash_of
 from app.sweep.journal import Job, Journal
-from app.sweep.progress import duration, labels, table
+from app.sweep.progress import Progress, duration, labels, table
 
 WRITER = """
 import sys
@@ -260,3 +260,29 @@ def test_tables_show_what_tells_the_jobs_apart() -> None:
         "1    failed    0                         seed=2  ValueError: no",
     ]
     assert [duration(seconds) for seconds in (7, 67, 3667)] == ["7 s", "1 min 7 s", "1 h 1 min"]
+
+
+def test_the_time_left_is_that_of_all_slots_together(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("app.sweep.progress.time.monotonic", lambda: now[0])
+    jobs = [Job(job=number, overrides=[f"seed={number}"]) for number in range(6)]
+    progress = Progress(jobs)
+
+    def ended(number: int, *, waiting: int) -> str:
+        jobs[number].state = "finished"
+        progress.ended(jobs[number], waiting=waiting)
+        return capsys.readouterr().out
+
+    progress.started(jobs[0])
+    progress.started(jobs[1])
+    now[0] = 10.0
+    assert ended(0, waiting=4).endswith("[1/6 done, 1 running, 0 failed, about 20 s left]\n")
+    assert ended(1, waiting=4).endswith("[2/6 done, 0 running, 0 failed, about 20 s left]\n")
+    progress.started(jobs[2])
+    now[0] = 12.0
+    progress.started(jobs[3])
+    now[0] = 20.0
+    assert ended(2, waiting=0).endswith("[3/6 done, 1 running, 0 failed, about 2 s left]\n")
+    assert ended(3, waiting=0).endswith("[4/6 done, 0 running, 0 failed]\n")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import yaml
@@ -22,7 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 from app.check import check
 from app.cli import Refused
 from app.folder import RunFolder
-from app.study import STORAGE, open_study
+from app.report.reading import read_runs
+from app.report.summary import summarize
+from app.study import PRUNED, STORAGE, open_study, url
+from app.study import STUDY as STUDY_NAME
+from app.sweep.__main__ import main as status
 from app.sweep.journal import Journal
 from app.train import objective
 
@@ -147,6 +152,10 @@ REFUSED = {
     ("sweep.num_random=0",): "sweep.num_random must be >= 1, got 0; type sweep.num_random=10",
     ("sweep.max_failure_rate=2",): "sweep.max_failure_rate must be in [0, 1], got 2.0; type "
     "sweep.max_failure_rate=1",
+    ("sweep.prune_after_trials=-1",): "sweep.prune_after_trials must be >= 0, got -1; type "
+    "sweep.prune_after_trials=1",
+    ("sweep.pruner=halving", "sweep.prune_after_epochs=0"): "sweep.prune_after_epochs must be > 0 "
+    "with sweep.pruner=halving, got 0.0; type sweep.prune_after_epochs=1",
     ("fit=false", "tuner=lr_find"): "fit must be true with objective=val_loss, got False; type "
     "objective=null",
 }
@@ -219,7 +228,7 @@ def test_the_trials_of_a_study_run_in_a_queue(tmp_path: Path) -> None:
     ids=["in turn", "in a queue, two ranks each"],
 )
 def test_hopeless_trials_are_pruned_and_not_run_again(
-    tmp_path: Path, launch: tuple[str, ...]
+    tmp_path: Path, launch: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed = (*STUDY, "sweep.sampler=random", "sweep.num_trials=6", "sweep.prune_after_trials=2",
              "trainer.max_epochs=6", "optimizer.lr=1e-9,0.3", "seed=1", *launch)  # fmt: skip
@@ -239,6 +248,14 @@ def test_hopeless_trials_are_pruned_and_not_run_again(
         if result["status"] == "pruned":
             assert result["epochs"] < 6
             assert trial.params["optimizer.lr"] == 1e-9
+    report = summarize(tmp_path, read_runs(tmp_path), metric="val_loss", mode="min", baseline=())
+    assert [run.state for run in report.runs] == [result["status"] for result in results]
+    assert report.problems == []
+    for row in report.rows:  # pruned ones are not in its mean
+        kept = [run.result["metrics"]["val_loss"] for run in row.config.runs
+                if run.state == "finished"]  # fmt: skip
+        assert (row.mean is None) == (kept == [])
+        assert row.mean is None or row.mean.mean == pytest.approx(fmean(kept))
     before = [run.result_path.stat().st_mtime for run in runs]
     train(*typed, cwd=tmp_path)
     assert [run.result_path.stat().st_mtime for run in runs] == before
@@ -247,6 +264,30 @@ def test_hopeless_trials_are_pruned_and_not_run_again(
         assert sweep is not None
         assert [job.state for job in sweep.jobs.values()] == [r["status"] for r in results]
         assert sweep.unfinished() == []
+        status(["status", str(tmp_path / "multirun/study")])
+        assert f"{len(pruned)} pruned" in capsys.readouterr().out
+
+
+@WITH_OPTUNA
+@pytest.mark.filterwarnings("ignore:Deprecated API features detected")  # Optuna's
+def test_a_study_whose_command_was_killed_counts_what_it_had_decided(tmp_path: Path) -> None:
+    import optuna
+
+    folder = tmp_path / "multirun/study"
+    folder.mkdir(parents=True)
+    study = optuna.create_study(study_name=STUDY_NAME, storage=url(folder / STORAGE))
+    trials = [study.ask() for _ in range(4)]
+    for trial in trials:
+        trial.report(0.5, 1000)
+    for trial in trials[1:3]:
+        trial.set_user_attr(PRUNED, True)
+    study.tell(0, 0.5)
+    study.tell(1, state=optuna.trial.TrialState.PRUNED)
+    printed = train(*STUDY, "objective=test_loss", "sweep.num_trials=4", cwd=tmp_path)
+    assert "continuing multirun/study: 4 trials of 4" in printed
+    assert "objective=test_loss is measured after the fit: no trial is pruned" in printed
+    states = [trial.state.name for trial in open_study(folder / STORAGE).trials]
+    assert states == ["COMPLETE", "PRUNED", "PRUNED", "FAIL"]
 
 
 @WITH_OPTUNA

@@ -1,12 +1,16 @@
 """Sweeps over slots, as commands: their results, failures, interruptions, and how they go on."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from test_processes import checkpoint, command, environment, processes_of, wait_
 from app.folder import RunFolder
 from app.sweep.journal import Job, Journal
 
+EXAMPLES = Path(__file__).parents[1] / "multirun_examples"
 TINY = ("model.channels=4", "trainer.max_epochs=1", "trainer.limit_train_batches=2",
         "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "callbacks.progress=null",
         "logger=csv", "data.batch_size=16", "trainer.accelerator=cpu")  # fmt: skip
@@ -35,13 +40,15 @@ class FailsOnce(theirs.LitModel):
         return super().training_step(batch, batch_idx)
 '''
 GATHERING = '''
+import multiprocessing
 import theirs
 import torch
 class Gathering(theirs.LitModel):
-    """Its checkpoints say at which rate each rank trains."""
+    """Its checkpoints say at which rate each rank trains, and how it would start workers."""
     def on_save_checkpoint(self, checkpoint):
         rate = torch.tensor(self.optimizers().param_groups[0]["lr"], dtype=torch.float64)
         checkpoint["rate_of_each_rank"] = self.all_gather(rate).tolist()
+        checkpoint["starts_processes_by"] = multiprocessing.get_start_method()
 '''
 THEIRS = ("optimizer=none", "model=custom", "model._target_=failing.FailsOnce", "data=custom",
           "data._target_=theirs.LitData", "trainer.accelerator=cpu", "trainer.max_epochs=1",
@@ -103,22 +110,27 @@ def has_sweep(cwd: Path, holds: Callable[[Path], bool]) -> bool:
 
 
 @pytest.mark.slow
-def test_killed_with_9_half_way_the_same_command_runs_what_is_missing_to_equal_results(
-    tmp_path: Path, expected: list[Any]
+@pytest.mark.parametrize("seed", [1, 5])
+def test_killed_with_9_at_any_moment_the_same_command_runs_what_is_missing_to_equal_results(
+    tmp_path: Path, expected: list[Any], seed: int
 ) -> None:
+    random = Random(seed)
+    num_finished, then_s = random.randrange(2), random.uniform(0, 0.15)
     launcher = start(tmp_path, *SEEDS, *LOCAL)
-    wait_until(lambda: has_sweep(tmp_path, lambda sweep: "finished" in states_in(sweep)))
-    os.kill(launcher.pid, signal.SIGKILL)
-    launcher.communicate(timeout=30)
-    wait_until(lambda: not processes_of(launcher.pid))
+    wait_until(lambda: has_sweep(tmp_path, lambda sweep: (sweep / "0/job.log").exists()))
     sweep = only_sweep(tmp_path)
+    wait_until(lambda: states_in(sweep).count("finished") >= num_finished)
+    time.sleep(then_s)
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait()
     before = jobs_in(sweep)
     num_missing = sum(job.state != "finished" for job in before)
-    assert 0 < num_missing < 4
+    assert 0 < num_missing <= 4 - num_finished
 
-    printed = command(*SEEDS, *LOCAL, cwd=tmp_path)
+    printed = command(*SEEDS, *LOCAL, cwd=tmp_path)  # while the killed one's jobs end
     assert f"continuing {sweep.relative_to(tmp_path)}: " in printed
     assert f"; {num_missing} to run (resume=never starts a sweep anew)" in printed
+    wait_until(lambda: not processes_of(launcher.pid))
     assert only_sweep(tmp_path) == sweep
     assert states_in(sweep) == ["finished"] * 4
     for old, new in zip(before, jobs_in(sweep), strict=True):
@@ -199,6 +211,43 @@ def test_ctrl_c_ends_the_jobs_as_interrupted_runs_that_resume_and_can_be_cancell
 
 
 @pytest.mark.slow
+def test_ctrl_c_while_the_first_job_waits_for_its_process_leaves_a_sweep_that_goes_on(
+    tmp_path: Path,
+) -> None:
+    launcher = start(tmp_path, *SEEDS, *LOCAL)
+    wait_until(lambda: has_sweep(tmp_path, lambda sweep: "running" in states_in(sweep)))
+    os.killpg(launcher.pid, signal.SIGINT)
+    printed, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in printed
+    assert "; to go on type the same command, or python -m app.sweep resume multirun/" in printed
+    assert set(states_in(only_sweep(tmp_path))) == {"interrupted", "queued"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("optuna") is None, reason="needs pip install 'app[optuna]'")
+def test_the_commands_of_a_failed_trial_of_an_example_run_it_alone(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    (tmp_path / "failing").touch()
+    printed = command(
+        "--config-dir", str(EXAMPLES), "--config-name", "optuna_study", "launch=local",
+        "sweep.num_trials=1", "model=custom", "model._target_=failing.FailsOnce",
+        "+model.number=1", *THEIRS[3:], cwd=tmp_path, exit_code=1,
+    )  # fmt: skip
+    *_, of_the_queue, _ = printed.splitlines()
+    reported = command("multirun/optuna_study", cwd=tmp_path, module="app.report")
+    (of_the_report,) = (line for line in reported.splitlines() if "python -m app.train" in line)
+    (tmp_path / "failing").unlink()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for typed, said in ((of_the_queue, "finished  test_loss"), (of_the_report, "is finished; see")):
+        done = subprocess.run(
+            typed, shell=True, cwd=tmp_path, env={**environment(), "PATH": path},
+            capture_output=True, text=True, check=True, timeout=120,
+        )  # fmt: skip
+        assert said in done.stdout
+
+
+@pytest.mark.slow
 def test_two_launchers_of_one_second_run_two_sweeps(tmp_path: Path) -> None:
     typed = ("-m", "seed=1", *TINY, "launch=local", "launch.slots=1",
              "hydra.sweep.dir='multirun/${now:%Y}/now'")  # fmt: skip
@@ -230,6 +279,7 @@ def test_jobs_of_two_ranks_take_two_slots_each_and_train_at_one_rate_in_all_rank
         content = checkpoint(tmp_path / f"sweep/{job.job}")
         rate, other = content["rate_of_each_rank"]
         assert rate == other
+        assert content["starts_processes_by"] == multiprocessing.get_start_method()
         assert f"optimizer.lr={rate}" in job.overrides
         rates.add(rate)
     assert rates == {0.03, 0.01, 0.1}

@@ -365,6 +365,9 @@ def test_a_run_that_says_running_is_interrupted_where_nobody_holds_its_folder(
         (None, "cancelled", False, False, ("cancelled", "killed by 9")),
         (None, "finished", False, False,
          ("missing", "the journal says finished, but there is no result")),
+        ("pruned", "pruned", False, False, ("pruned", None)),
+        (None, "pruned", False, False,
+         ("missing", "the journal says pruned, but there is no result")),
         (None, None, False, False, ("interrupted", KILLED)),
         ("failed", "queued", False, True, ("failed", "no error was noted; attempt 2 is queued")),
         ("failed", "finished", False, True, ("failed", "no error was noted")),
@@ -411,7 +414,7 @@ def test_jobs_of_the_journal_are_runs_also_without_a_folder_and_a_torn_line_is_n
     assert [run.state for run in report.runs] == ["failed", "queued", "failed"]
     printed = terminal(report)
     assert "process 7 was ended by SIGKILL" in printed
-    assert f"{tmp_path}/2  failed, attempt 2, on 1\n  refused: no" in printed
+    assert f"{tmp_path}/2  failed, attempt 2, device 1\n  refused: no" in printed
     assert f"python -m app.train seed=3 hydra.run.dir={tmp_path}/2" in printed
     sweep = SweepFolder(tmp_path)
     assert sweep.hold()
@@ -542,7 +545,7 @@ def test_the_files_hold_the_table_the_curves_and_the_failures(
     assert float(rows[0]["test_acc_mean"]) == pytest.approx(0.955)
     assert float(rows[0]["difference_low"]) == pytest.approx(0.0326, abs=1e-4)
     assert rows[2]["difference"] == ""
-    assert imread(out / "report-val_acc.png").shape[1] == 864
+    assert imread(out / "report-val_acc.png").shape[1] == 792
     text = (out / "report.md").read_text()
     assert "![report-val\\_acc.png](<report-val_acc.png>)" in text
     assert "## Runs without a result" in text
@@ -842,7 +845,7 @@ def test_the_page_never_scrolls_sideways_and_its_buttons_act(
     assert found["orders"] == ["ascending", "descending"]
     assert found["rows"] == ["swa", "none", "ema"]
     assert (found["open"], found["hidden"]) == (3, 0)
-    assert found["pictures"] == [864, 864]
+    assert found["pictures"] == [792, 792]
 
 
 @needs_chromium

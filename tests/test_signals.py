@@ -14,7 +14,8 @@ from test_resume import CASES
 
 from app.build import Run, build
 from app.checkpoint import newest_intact
-from app.launch.signals import StopsOnSignal, asked
+from app.launch.asked import asked
+from app.launch.signals import StopsOnSignal
 
 VALIDATED = ("trainer.limit_val_batches=3", "data.eval_batch_size=8")
 HOOKS = ("on_train_batch_start", "on_validation_batch_start", "on_validation_end",

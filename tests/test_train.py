@@ -1,9 +1,11 @@
 """What a run leaves in its folder, and what the same command does a second time."""
 
 import json
+import multiprocessing
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -133,6 +135,21 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
         second.locked(),
     ):
         pass
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_folder_is_free_when_its_process_is_killed_though_its_workers_live_on(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked():
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+        assert folder.is_held()
+    assert worker.is_alive()
+    assert not folder.is_held()
+    worker.kill()
+    worker.join()
 
 
 def test_data_without_a_test_part_is_trained_on_all_the_same(

@@ -1,4 +1,4 @@
-"""Where the jobs of a sweep run: one after another in this process, or a queue over all devices.
+"""Where runs are trained: in this process, in a queue over all devices, or on a SLURM cluster.
 
 A queue gives each job a process and devices of its own, notes in the sweep's `journal.jsonl` what
 became of it, and leaves a sweep that goes on where it was cut: by the same command, or by
@@ -7,10 +7,16 @@ became of it, and leaves a sweep that goes on where it was cut: by the same comm
 | preset | what it does                                                                     |
 |--------|----------------------------------------------------------------------------------|
 | local  | a job per GPU of this machine, or per core where it has none                     |
+| slurm  | a job of SLURM for a run or for each job of a sweep, submitted with submitit     |
+
+A job of SLURM has as many machines as `trainer.num_nodes` says and `trainer.devices` tasks on each.
+Before its time is up, or where it is pre-empted, it saves after the optimizer step that it is in,
+is requeued, and goes on.
 """
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -55,4 +61,72 @@ class Local:
         )
 
 
-PRESETS = {"local": Local}
+class OnInterrupt(str, Enum):
+    """What becomes of the jobs where Ctrl-C ends the command that waits for them."""
+
+    ask = "ask"
+    cancel = "cancel"
+    leave = "leave"
+
+
+@dataclass(kw_only=True)
+class Slurm:
+    """Jobs of SLURM; what is null is the cluster's choice."""
+
+    partition: str | None = MISSING
+    """Of the cluster."""
+    account: str | None = MISSING
+    """Whose time it is."""
+    qos: str | None = MISSING
+    """Quality of service."""
+    constraint: str | None = MISSING
+    """Features that the machines must have."""
+    timeout_min: int = MISSING
+    """Time limit in minutes, >= 1; a longer run is requeued and goes on."""
+    cpus_per_task: int | None = MISSING
+    """Cores for each device, >= 1; DataLoader workers need some."""
+    mem_gb: float | None = MISSING
+    """Memory of each machine in GB, > 0."""
+    setup: list[str] = MISSING
+    """Lines of shell before the run, such as 'module load cuda'."""
+    options: dict[str, Any] = MISSING
+    """More options of sbatch by their names: +launch.options.exclude=node7."""
+    max_parallel: int = MISSING
+    """Jobs of a sweep that run at the same time, >= 1."""
+    signal_s: int = MISSING
+    """Seconds before the time limit at which a run saves and is requeued, >= 1: more than a step
+    and a checkpoint take. SLURM may signal a minute earlier."""
+    max_requeues: int = MISSING
+    """How often a job may be run again, by a time-out, a pre-emption or a dead machine, >= 0; then
+    it fails. A run goes on from there with the same command."""
+    wait: bool = MISSING
+    """Whether the command waits for its jobs; false prints their numbers and returns."""
+    on_interrupt: OnInterrupt = MISSING
+    """Ctrl-C while waiting: cancel the jobs, leave them, or ask; without a terminal ask leaves."""
+    jobs: list[int] | None = MISSING
+    """Numbers of the jobs to submit; null = all that are not finished."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("timeout_min", 1), ("max_parallel", 1), ("signal_s", 1)):
+            value, key = getattr(self, name), f"launch.{name}"
+            require(value >= least, key, f"be >= {least}", value, f"type {key}=60")
+        for name in ("cpus_per_task", "mem_gb"):
+            value, key = getattr(self, name), f"launch.{name}"
+            require(value is None or value > 0, key, "be > 0", value, f"type {key}=null")
+        require(
+            self.max_requeues >= 0,
+            "launch.max_requeues",
+            "be >= 0",
+            self.max_requeues,
+            "type launch.max_requeues=0",
+        )
+        require(
+            self.signal_s < 60 * self.timeout_min,
+            "launch.signal_s",
+            f"be < launch.timeout_min={self.timeout_min} in seconds",
+            self.signal_s,
+            f"type launch.signal_s={30 * self.timeout_min}",
+        )
+
+
+PRESETS = {"local": Local, "slurm": Slurm}

@@ -38,7 +38,8 @@ class Optuna:
     """A search with Optuna, for which `hydra-optuna-sweeper` asks for trials and tells values."""
 
     num_trials: int = MISSING
-    """Trials of the whole study, >= 1, failed ones included; a continued one runs those left."""
+    """Trials of the whole study, >= 1, failed and pruned ones included; a continued one runs those
+    left."""
     num_parallel: int = MISSING
     """Trials that are chosen at once, >= 1; with launch=local they also run at once."""
     sampler: Sampler = MISSING
@@ -47,7 +48,8 @@ class Optuna:
     """Trials drawn at random before tpe and cmaes learn from them, >= 1."""
     max_failure_rate: float = MISSING
     """Share of failed trials among num_parallel above which the study ends, in [0, 1]. A trial has
-    failed where its run did, or where its objective is NaN or infinite."""
+    failed where its run did, or where it came to its end with an objective that is NaN or
+    infinite."""
     pruner: Pruner = MISSING
     """Ends a trial after a validation: median, where its best objective so far is worse than the
     median of the trials before it at that epoch (Vizier, KDD 2017); halving, where it is not among
@@ -55,7 +57,8 @@ class Optuna:
     prune_after_trials: int = MISSING
     """With median: trials that end before one is pruned, >= 0."""
     prune_after_epochs: float = MISSING
-    """Epochs of a trial before which it is not pruned, >= 0."""
+    """Epochs of a trial before which it is not pruned, >= 0; with halving > 0: trials compare after
+    these, after four times these, and so on. Where an epoch has no length, 1000 steps are one."""
     trial: int | None = MISSING
     """Number of the trial that a run is, given by the study."""
 
@@ -67,6 +70,13 @@ class Optuna:
         for name in ("prune_after_trials", "prune_after_epochs"):
             value = getattr(self, name)
             require(value >= 0, f"sweep.{name}", "be >= 0", value, f"type sweep.{name}=1")
+        require(
+            self.pruner != Pruner.halving or self.prune_after_epochs > 0,
+            "sweep.prune_after_epochs",
+            "be > 0 with sweep.pruner=halving",
+            self.prune_after_epochs,
+            "type sweep.prune_after_epochs=1",
+        )
         require(
             0 <= self.max_failure_rate <= 1,
             "sweep.max_failure_rate",

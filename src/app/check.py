@@ -11,6 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from app import cli
 from app.imports import importing
 
+BUILT = ("optimizer", "scheduler", "accumulate", "clip", "averaging")
+"""Groups that can be off while a file sets keys of them, of which nothing can be built."""
+
 
 def check(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration as plain containers, every value and combination of it allowed.
@@ -20,6 +23,10 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         Refused: with the key as typed, the rule, the value, and what to type instead.
     """
+    for group in BUILT:
+        chosen = cfg.get(group)
+        if chosen and OmegaConf.get_type(chosen) is dict and "_target_" not in chosen:
+            raise cli.Refused(cli.no_effect(f"{group}.{next(iter(chosen))}", group))
     try:
         OmegaConf.to_object(cfg)  # runs the rules of every schema
     except ValueError as error:

@@ -196,6 +196,9 @@ class Checkpoints(Checkpoint):
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         resumes = [c for c in trainer.callbacks if isinstance(c, ExactResume)]  # type: ignore[attr-defined]
         self._resume = resumes[0] if resumes else None
+        if trainer.is_global_zero:
+            for torn in self.directory.glob("*.part"):  # of a process that was killed
+                torn.unlink()
 
     def on_train_batch_end(
         self,

@@ -3,7 +3,9 @@
 import ast
 import difflib
 import gc
+import hashlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -78,6 +80,8 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
     if arguments[:1] == ["-sc"] and arguments[1:] == ["install=bash"]:
         print(COMPLETION)
         return
+    if config_name in ("train", "tune"):
+        sys.argv[1:] = named_after_job(arguments)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand us the exception, not a printed text
     guarded = TaskOfCommand(task)
     refused, failed = guarded.refused, guarded.failed
@@ -92,6 +96,9 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
         refused.append(error)
     except JobsFailed as error:
         failed.append(error)
+    except KeyboardInterrupt:
+        print(f"\n{config_name}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     finally:
         gc.freeze()  # or the interpreter, at its end, looks through all that was composed
     for refusal in refused:
@@ -100,6 +107,22 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
         print(f"{config_name}: {failure}", file=sys.stderr)
     if refused or failed:
         sys.exit(1 if failed else 2)
+
+
+def named_after_job(arguments: list[str]) -> list[str]:
+    """What was typed, with a name where a batch job of SLURM runs it and none was typed.
+
+    A job that is requeued types the same again, and finds its run by the name: not by the time.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    typed = [word.partition("=")[0] for word in arguments]
+    has_place = {"name", "hydra.run.dir", "-m", "--multirun", "--cfg", "-c"} & {*typed}
+    if job is None or has_place or sys.stdin.isatty():
+        return arguments
+    digest = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:6]
+    first = next((i for i, word in enumerate(arguments) if "=" in word and word[0] != "-"), None)
+    place = len(arguments) if first is None else first  # overrides stand together
+    return [*arguments[:place], f"name=slurm-{job}-{digest}", *arguments[place:]]
 
 
 class TaskOfCommand:
@@ -166,13 +189,18 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
     prefix, _, name = key.rpartition(".")
     known = [str(item) for item in parent or ()] if isinstance(parent, DictConfig) else []
     if not known and prefix in groups():
-        presets = [preset for preset in groups()[prefix][0] if preset != "none"]
-        return f"{key} has no effect: {prefix} is off; choose {prefix}={'|'.join(presets)} as well"
+        return no_effect(key, prefix)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     names = [f"{prefix}.{item}" if prefix else item for item in nearest or sorted(known)]
     if nearest:
         return f"{key} is not a key; did you mean {names[0]}?"
     return f"{key} is not a key; known are {', '.join(names) or 'none here'}"
+
+
+def no_effect(key: str, group: str) -> str:
+    """What to say of a key of a group that is off."""
+    presets = [preset for preset in groups()[group][0] if preset != "none"]
+    return f"{key} has no effect: {group} is off; choose {group}={'|'.join(presets)} as well"
 
 
 def _unknown_preset(error: MissingConfigException) -> str:

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 
 from app.shares import WHOLE, SharedSampler, share_of, split
@@ -47,6 +48,10 @@ class DataParallel(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._share = share_of(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(trainer.model, DistributedDataParallel):
+            settle_buckets(trainer.model, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -119,3 +124,30 @@ class DataParallel(pl.Callback):
                 # Lightning takes the mean of whole numbers over the ranks, rounded down
                 settings["batch_size"] = float(size)
         log(name, value, *args, **settings)
+
+
+def settle_buckets(parallel: DistributedDataParallel, model: pl.LightningModule) -> None:
+    """Let DistributedDataParallel lay out its buckets as in all later steps before the first one.
+
+    It lays them out anew after the first backward pass, in the order in which gradients came, and
+    the layout decides in which order three or more ranks add them up: the first step of a continued
+    run would be rounded differently from the same step of the run that was not cut. A backward pass
+    that gives zeros, in the same order in every fit, takes the place of the first one.
+    """
+    if parallel.static_graph or parallel.find_unused_parameters:
+        return  # is not laid out anew, or learns the graph from its first pass
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def zero() -> Tensor:
+        return torch.stack([(parameter * 0).sum().float() for parameter in trained]).sum()
+
+    before = vars(model).get("forward")
+    model.forward = zero  # type: ignore[method-assign]
+    try:
+        parallel().backward()
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before  # type: ignore[method-assign]
+    for parameter in trained:
+        parameter.grad = None

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
@@ -26,6 +26,19 @@ OF_THE_COMMAND = ("name", "resume", "run_dir", "tuned", "fit", "launch", "object
 
 ENDED = ("finished", "pruned")
 """What `status` in result.json says of a run that nothing is left to do for."""
+
+
+_LOCKS: set[TextIO] = set()
+"""Held by this process, and not by what it forks: where it is killed, they are free at once, though
+a DataLoader's workers live on for some seconds."""
+
+
+def _close_locks() -> None:
+    for file in _LOCKS:
+        file.close()
+
+
+os.register_at_fork(after_in_child=_close_locks)
 
 
 class RunFolder:
@@ -110,7 +123,11 @@ class RunFolder:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-            yield
+            _LOCKS.add(file)
+            try:
+                yield
+            finally:
+                _LOCKS.remove(file)
 
     def is_held(self) -> bool:
         """Whether a process holds the folder now: trains in it."""

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from app.folder import RunFolder, config_hash
+from app.launch.requeue import slurm_job
+from app.launch.slurm_states import SLURM_JOB
 from app.metrics import read_metrics
 
 
@@ -34,6 +36,7 @@ class Record:
             "name": config["name"],
             "config_hash": config_hash(config),
             "seconds": self._seconds,
+            **({} if (job := slurm_job()) is None else {SLURM_JOB: job}),
             "git_commit": git_commit(),
             "versions": {
                 "python": platform.python_version(),

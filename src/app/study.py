@@ -19,7 +19,7 @@ STORAGE = "study.db"
 STUDY = "study"
 BEST = "optimization_results.yaml"
 PRUNED = "pruned"
-"""The user attribute of a trial whose run has ended early: after how many epochs."""
+"""The user attribute of a trial whose run was to end early."""
 
 
 class Study:
@@ -80,12 +80,14 @@ class Study:
                 f"{folder.path} holds a study with direction={study.direction.name.lower()}; give "
                 "this one another name="
             )
-        for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # its command was cut
+        states = optuna.trial.TrialState
+        for trial in study.get_trials(states=(states.RUNNING,)):  # whose command was cut
+            is_pruned = PRUNED in trial.user_attrs
+            study.tell(trial.number, state=states.PRUNED if is_pruned else states.FAIL)
         num_before = len(study.trials)
         if num_before:
             print(f"continuing {folder.path}: {num_before} trials of {settings.num_trials}")
-        if settings.pruner != "none" and config.objective.startswith("test_"):
+        if settings.pruner != "none" and not may_be_reported(config.objective):
             print(f"objective={config.objective} is measured after the fit: no trial is pruned")
         self._sampler = _sampler(settings, seed=config.seed + num_before)
         self._sweeper, self._study, self._folder = sweeper, study, folder
@@ -117,10 +119,14 @@ class Study:
             failures = [error for error in errors if error is not None]
             none_ran = all(job.status is JobStatus.FAILED for job in returned)
             is_first_batch = len(self._study.trials) == len(trials)
-            if len(failures) / len(trials) > settings.max_failure_rate or (
+            is_over = len(failures) / len(trials) > settings.max_failure_rate or (
                 is_first_batch and none_ran
-            ):
-                raise failures[0]
+            )
+            different = list(dict.fromkeys(failures))  # a queue has one that lists all its jobs
+            for error in different[is_over:]:
+                log.warning("Failed experiment: %s", error)
+            if is_over:
+                raise different[0]
         self._write_best()
 
     def _told(self, trial: Any, job: JobReturn) -> Exception | None:
@@ -129,21 +135,20 @@ class Study:
 
         try:
             value = float(job.return_value)
-            if not math.isfinite(value):
+            is_pruned = PRUNED in self._study.trials[trial.number].user_attrs
+            if not is_pruned and not math.isfinite(value):
                 raise JobsFailed(f"{self._config.objective} is {value}")
         except RankFailed as failure:
             error: Exception = JobsFailed(str(failure))
         except Exception as failure:
             error = failure
         else:
-            is_pruned = PRUNED in self._study.trials[trial.number].user_attrs
             if is_pruned:
                 self._study.tell(trial.number, state=TrialState.PRUNED)
             else:
                 self._study.tell(trial.number, value)
             return None
         self._study.tell(trial.number, state=TrialState.FAIL)
-        log.warning("Failed experiment: %s", error)
         return error
 
     def _write_best(self) -> None:
@@ -159,6 +164,11 @@ class Study:
         print(
             f"best: trial {best.number}, {self._config.objective} {best.value:.4g}, {best.params}"
         )
+
+
+def may_be_reported(objective: str) -> bool:
+    """Whether a validation may measure it; the test comes after the fit."""
+    return not objective.startswith("test_")
 
 
 def open_study(path: Path) -> Any:

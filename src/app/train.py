@@ -14,7 +14,10 @@ from app import cli
 from app.check import check
 from app.folder import ENDED, RunFolder
 from app.imports import importing
+from app.launch import is_slurm
+from app.launch.asked import asked
 from app.launch.ranks import ranks, started_elsewhere
+from app.launch.requeue import requeued_or_told
 from app.launch.start import placed, run_ranks
 from app.tuner.answers import recalled
 from app.tuner.keys import startable, with_overrides
@@ -29,13 +32,21 @@ def main(cfg: DictConfig) -> float | None:
     Returns the value of `objective`, which a sweeper of Hydra asks for; None where it is null.
     """
     hydra = HydraConfig.get()
+    for group in ("launch", "sweep"):
+        if hydra.runtime.choices.get(group) == "none":
+            cfg[group] = None  # also where the file of a sweep has settings for it
     if cfg.sweep is not None and hydra.mode is RunMode.RUN:
         RunFolder(Path(cfg.run_dir)).remove_if_empty()
         raise cli.Refused(
             "sweep=optuna chooses the jobs of a sweep, and this is one run; type -m as well, or "
             "sweep=none"
         )
-    result = run(cfg, typed=list(hydra.overrides.task))
+    typed = list(hydra.overrides.task)
+    if is_slurm(cfg.launch):
+        from app.launch.slurm import submit_run
+
+        return submit_run(cfg, typed)
+    result = run(cfg, typed=typed)
     return None if result is None else objective(cfg.objective, result["metrics"])
 
 
@@ -70,7 +81,7 @@ def run(cfg: DictConfig, *, typed: Sequence[str]) -> dict[str, Any] | None:
     """
     try:
         check(startable(cfg))
-        if cfg.launch is not None:
+        if cfg.launch is not None and not is_slurm(cfg.launch):
             raise cli.Refused(
                 "launch=local runs the jobs of a sweep, and this is one run; type -m as well, or "
                 "launch=none"
@@ -121,17 +132,18 @@ def work(
     cfg: DictConfig, tuned: Mapping[str, Any] | None, typed: list[str]
 ) -> dict[str, Any] | None:
     """What each rank does: search, if that has not been done, then fit and test."""
-    with importing():
-        from app.launch.requeue import requeued_or_told
-        from app.launch.signals import asked
     with asked.listening():
         try:
             return search_and_train(cfg, tuned, typed)
         except (KeyboardInterrupt, SystemExit, RuntimeError) as stop:
             if asked.first is None:
+                ranks().tell_failure()
                 raise
-            requeued_or_told(asked.first, cfg)
+            requeued_or_told(cfg)
             raise SystemExit(asked.exit_code) from stop
+        except Exception:
+            ranks().tell_failure()
+            raise
 
 
 def search_and_train(
@@ -159,7 +171,7 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     with importing():
         from app.build import build
         from app.checkpoint import newest_intact
-        from app.launch.signals import StopsOnSignal, asked
+        from app.launch.signals import StopsOnSignal
         from app.progress import StartTable
         from app.record import Record, draw_curves
     is_first = ranks().is_first
@@ -213,7 +225,10 @@ def pruning_of(config: Mapping[str, Any]) -> "list[PrunesTrial]":
     if sweep is None or sweep["trial"] is None or sweep["pruner"] == "none":
         return []
     from app.pruning import PrunesTrial
+    from app.study import may_be_reported
 
+    if not may_be_reported(config["objective"]):
+        return []  # as the study has said
     names = ("trial", "pruner", "prune_after_trials", "prune_after_epochs")
     chosen = {name: sweep[name] for name in names}
     return [PrunesTrial(run_dir=config["run_dir"], objective=config["objective"], **chosen)]

@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ class Trainer(pl.Trainer):
         checkpoint_io: CheckpointIO,
         enable_progress_bar: bool,
     ) -> None:
+        # of no concern: what starts the processes is chosen by `launch`
+        warnings.filterwarnings("ignore", "The `srun` command is available on your system")
         for callback in callbacks:
             switch_off_inherited_hooks(callback)
         use_matmul(matmul, mode=precision, accelerator=accelerator)

@@ -4,7 +4,6 @@ Needs no torch.
 """
 
 import gc
-import os
 import shlex
 import signal
 from collections.abc import Callable, Sequence
@@ -17,11 +16,11 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from app.cli import JobsFailed, Refused, TaskOfCommand
+from app.launch import is_slurm
 from app.launch.composing import Composer
-from app.sweep.folder import alone, claim, command, config_dirs, of_one_run
+from app.sweep.folder import alone, claim, command, config_dirs, of_one_run, quoted
 from app.sweep.journal import DONE, Job
 from app.sweep.progress import Progress, counts, first_line, labels
-
 
 LOST = ("failed", "interrupted", "cancelled")
 """States of jobs that came to nothing this time."""
@@ -52,6 +51,7 @@ class Batch:
         assert isinstance(task, TaskOfCommand)
         self.task = task.task
         self.config = config
+        gc.enable()  # a composed job that nobody keeps is more than a MiB of cycles
         self._composer = Composer(loader)
         self.folder, self._definition = claim(config)
         print(f"{self.folder.path}: composing the jobs", flush=True)
@@ -68,11 +68,12 @@ class Batch:
 
         Raises SystemExit where the sweep was interrupted: 128 and the signal.
         """
-        gc.enable()
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         jobs = self.folder.add(self._definition, [list(typed) for typed in job_overrides])
         for job in jobs:
+            if job.state == "running" and not is_slurm(self.config.launch):
+                job.state = "interrupted"  # and was killed with its launcher
             if job.state == "finished" and not (self.folder.path / str(job.folder)).is_dir():
                 job.state = "queued"  # somebody wants it anew
         todo = [job for job in jobs if self._is_to_run(job)]
@@ -82,7 +83,7 @@ class Batch:
         if stopped_by is not None:
             progress.say(
                 f"interrupted: {counts(jobs)}; to go on type the same command, or python -m "
-                f"app.sweep resume {self.folder.path}"
+                f"app.sweep resume {shlex.quote(str(self.folder.path))}"
             )
             raise SystemExit(128 + stopped_by)
         lost = [job for job in todo if job.state in LOST]
@@ -116,7 +117,8 @@ class Batch:
             cfg.hydra.sweep.dir = str(self.folder.path)
             if job.folder is not None:
                 cfg.hydra.sweep.subdir = job.folder
-            cfg.launch = None  # the job is one run
+            if not is_slurm(cfg.launch):
+                cfg.launch = None  # the job is one run
             cfg.resume = "auto"  # also when it is tried again
         HydraConfig.instance().set_config(cfg)
         job.folder = str(cfg.hydra.sweep.subdir)
@@ -134,7 +136,7 @@ class Batch:
                 f"    {self.folder.path / str(job.folder) / 'job.log'}",
                 f"    {self._single(job)}",
             ]
-        lines.append(f"all of them: python -m app.sweep retry {self.folder.path}")
+        lines.append(f"all of them: python -m app.sweep retry {shlex.quote(str(self.folder.path))}")
         return "\n".join(lines)
 
     def _single(self, job: Job) -> str:
@@ -143,7 +145,7 @@ class Batch:
         start = words[: 3 if words[1] == "-m" else 2]
         flags = alone(self.config.hydra.job.config_name, config_dirs(self.config))
         typed = of_one_run(list(filter_overrides(job.overrides)))
-        run_dir = f"hydra.run.dir={os.path.join(self.folder.path, str(job.folder))}"
+        run_dir = f"hydra.run.dir={quoted(str(self.folder.path / str(job.folder)))}"
         return shlex.join([*start, *flags, *typed, run_dir])
 
 

@@ -125,21 +125,21 @@ def _work(
     """What the process of a job does."""
     os.setpgid(0, 0)  # a Ctrl-C in the terminal is the launcher's to pass on
     end_in_time(grace_s=JOB_GRACE_S)
-    sender.send_bytes(pickle.dumps(None))  # signals are heard from here on
     os.environ.clear()  # of the server that this was forked from
     os.environ.update(environment)
-    _write_to(folder / LOG)
+    write_to(folder / LOG)
     version.setbase(VERSION_BASE)
     setup_globals()
     try:
+        sender.send_bytes(pickle.dumps(None))  # signals are heard from here on
         outcome = _outcome(task, cfg, folder)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         outcome = Outcome(state="interrupted")
     sender.send_bytes(pickle.dumps(outcome))
     leave(0 if outcome.state in ENDED else 1)
 
 
-def _write_to(path: Path) -> None:
+def write_to(path: Path) -> None:
     """Append what this process and its own print to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)

@@ -10,43 +10,23 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from app.cli import REFUSALS, RankFailed, Refused, explain, is_of_the_user
+from app.cli import RankFailed, Refused
+from app.launch.failures import HEAD_START_S, Failure, failure_of, first_of
 
 PRELOADED = ["app.launch.preloaded"]
-
-LOST_PEER = ("by peer", "broken pipe", "connection refused", "connection was closed", "nccl",
-             "gloo", "remote process")  # fmt: skip
-"""What torch says, in lower case, on a rank that fails because another one is gone."""
 
 OF_THE_AGENT = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_",
                 "TORCH_NCCL_ASYNC")  # fmt: skip
 """How the variables begin that the agent sets for a rank."""
 
-HEAD_START_S = 1.0
-"""How long such a rank waits before it exits, so that the one that failed first is found first."""
-
 GRACE_S = 10.0
 """How long a rank may take to end after SIGTERM."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Failure:
-    """How a rank ended that raised."""
-
-    rank: int
-    at: float
-    error: str
-    trace: str
-    exit_code: int | None  # of a SystemExit
-    refusal: str | None
-    is_of_a_lost_peer: bool
 
 
 def run_local(
@@ -92,6 +72,7 @@ def run_local(
             max_restarts=0,
             start_method=start_method,
             shutdown_timeout=int(GRACE_S),
+            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         handlers = {number: signal.getsignal(number) for number in _handled(launch)}
@@ -127,7 +108,6 @@ def _handled(launch: Any) -> list[signal.Signals]:
 def _explained(folder: Path, rank: int, exit_code: int, pid: int) -> BaseException:
     """What to raise: the failure that came first, not those of ranks that lost their peer."""
     failures = [pickle.loads(path.read_bytes()) for path in folder.glob("*.failure")]
-    failures.sort(key=lambda failure: (failure.is_of_a_lost_peer, failure.at))
     if (exit_code < 0 and -exit_code != signal.SIGTERM) or not failures:
         name = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
         error = f"rank {rank} (process {pid}) was ended by {name}"
@@ -138,7 +118,7 @@ def _explained(folder: Path, rank: int, exit_code: int, pid: int) -> BaseExcepti
             details=f"{error}{hint}; the other ranks were ended. To go on from the last "
             "checkpoint type the same command with the same name=",
         )
-    found: _Failure = failures[0]
+    found: Failure = first_of(failures)
     if found.refusal is not None:
         return Refused(found.refusal)
     if found.exit_code is not None:
@@ -169,7 +149,7 @@ def _work(
     try:
         value = function(*arguments.values)
     except BaseException as error:
-        failure = _failure_of(error, rank)
+        failure = failure_of(error, rank)
         path = Path(folder) / f"{rank}.failure"
         partial = path.with_suffix(".part")
         partial.write_bytes(pickle.dumps(failure))
@@ -180,26 +160,11 @@ def _work(
     return value if rank == 0 else None
 
 
-def _failure_of(error: BaseException, rank: int) -> _Failure:
-    text = f"{type(error).__name__}: {error}"
-    return _Failure(
-        rank=rank,
-        at=time.time(),
-        error=text,
-        trace="".join(traceback.format_exception(error)),
-        exit_code=int(error.code or 0) if isinstance(error, SystemExit) else None,
-        refusal=None
-        if not isinstance(error, REFUSALS) or is_of_the_user(error)
-        else explain(error),
-        is_of_a_lost_peer=isinstance(error, RuntimeError)
-        and any(words in text.lower() for words in LOST_PEER),
-    )
-
-
 def end_in_time(*, grace_s: float) -> None:
     """End this process with the one that started it, however that ends, and soon after SIGTERM.
 
-    A thread sees to it: the main one may wait for a peer that is gone.
+    A thread sees to it: the main one may wait for a peer that is gone. Else this process is like
+    one that was typed: Ctrl-C interrupts it, and it starts others the way its system does.
 
     Args:
         grace_s: seconds that the main thread has after SIGTERM.
@@ -222,6 +187,10 @@ def end_in_time(*, grace_s: float) -> None:
 
     # a handler, or the signal ends the process at once; Lightning sets its own in a fit
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
+    # or each of a DataLoader's workers would be forked from a server of its own, without torch
+    multiprocessing.set_start_method(None, force=True)
+    os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))  # not ours to hear
     threading.Thread(target=watch, daemon=True).start()
 
 

@@ -4,15 +4,20 @@ They speak through the key-value store of the rendezvous, which is there before 
 is, and which no thread or device waits in.
 """
 
+import atexit
 import io
 import os
+import socket
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from app.cli import Refused
-from app.folder import what_decides
+from app.folder import what_decides, write_atomically
 
 T = TypeVar("T")
 
@@ -96,6 +101,16 @@ class Ranks:
                 "start every rank with the same command"
             )
 
+    def tell_failure(self) -> None:
+        """Let rank 0 know that this rank fails, before a launcher ends the others because of it."""
+        if self._store is not None:
+            with suppress(RuntimeError):  # the store was rank 0's, and has ended with it
+                self._store.set("failed", str(self.rank))
+
+    def has_failed(self) -> bool:
+        """Whether a rank has said that it fails."""
+        return self._store is not None and bool(self._store.check(["failed"]))
+
     def _tell(self, key: str, content: Mapping[str, Any]) -> None:
         assert self._store is not None
         self._store.set(key, _dumped(content))
@@ -110,10 +125,7 @@ class Ranks:
 
 @cache
 def ranks() -> Ranks:
-    """The processes this one belongs to: meets the others at the first call.
-
-    Raises Refused where srun started several tasks and the address of the first is not known.
-    """
+    """The processes this one belongs to: meets the others at the first call."""
     if not started_elsewhere():
         return Ranks(rank=0, size=1, store=None)
     from torch.distributed.distributed_c10d import PrefixStore
@@ -125,20 +137,45 @@ def ranks() -> Ranks:
 
 
 def _name_slurm_tasks() -> None:
-    """Let torch's rendezvous find tasks that srun started, where Lightning will look for them."""
+    """Let torch's rendezvous, and Lightning, find tasks that srun started.
+
+    Rank 0 chooses a free port, and tells it in a file where the job was started: a port made from
+    the job's number may be taken.
+    """
     if "RANK" in os.environ:
         return
-    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-
-    slurm = SLURMEnvironment(auto_requeue=False)
+    rank, size = os.environ["SLURM_PROCID"], os.environ["SLURM_STEP_NUM_TASKS"]
+    step = [os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")]
+    place = Path(os.environ.get("SUBMITIT_FOLDER", ".")) / f".meeting-{'-'.join(step)}"
+    if rank == "0":
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        write_atomically(place, f"{os.environ.get('MASTER_ADDR') or _address()} {port}")
+        atexit.register(place.unlink, missing_ok=True)
+    while not place.exists():
+        os.scandir(place.parent).close()  # a shared file system looks again
+        time.sleep(0.1)
+    address, port_text = place.read_text().split()
     os.environ |= {
-        "RANK": str(slurm.global_rank()),
-        "LOCAL_RANK": str(slurm.local_rank()),
-        "WORLD_SIZE": str(slurm.world_size()),
-        "LOCAL_WORLD_SIZE": os.environ.get("SLURM_NTASKS_PER_NODE", str(slurm.world_size())),
-        "MASTER_ADDR": slurm.main_address,
-        "MASTER_PORT": str(slurm.main_port),
+        "RANK": rank,
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "GROUP_RANK": os.environ["SLURM_NODEID"],
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": str(int(size) // int(os.environ["SLURM_STEP_NUM_NODES"])),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port_text,
     }
+
+
+def _address() -> str:
+    """Of this machine, as the others find it: its name in SLURM, where that is one of the network's
+    too, or else its own."""
+    for name in filter(None, (os.environ.get("SLURMD_NODENAME"), socket.gethostname())):
+        with suppress(OSError):
+            socket.gethostbyname(name)
+            return name
+    return "localhost"
 
 
 def _dumped(content: Mapping[str, Any]) -> bytes:

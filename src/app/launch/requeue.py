@@ -12,41 +12,57 @@ from omegaconf import DictConfig
 
 from app.cli import Refused
 from app.launch import is_slurm
+from app.launch.asked import asked
 from app.launch.ranks import ranks
 
-JOB = "SLURM_JOB_ID"
 RESTARTS = "SLURM_RESTART_COUNT"
 
 ENDED_WITHIN_S = 60.0
 """How soon SLURM ends the processes of a job that it will run again."""
 
 
-def requeued_or_told(number: signal.Signals, cfg: DictConfig) -> None:
-    """Let SLURM run this process's job again, or tell how to go on. All ranks call it.
+def requeued_or_told(cfg: DictConfig) -> None:
+    """Let SLURM run this process's job again, or tell how to go on: once. All ranks call it.
 
     Does not come back where the job runs again: SLURM ends its processes.
 
     Raises Refused where the job has run as often as `launch.max_requeues` allows.
     """
+    number = asked.first
+    if number is None or asked.is_heeded:
+        return
+    asked.is_heeded = True
     everyone = ranks()
     is_requeued = False
-    if JOB in os.environ and number != signal.SIGINT:
+    job = slurm_job()
+    if job is not None and number != signal.SIGINT:
+        # where a rank fails, its launcher asks the others to stop: no reason to run it again
         limit = cfg.launch.max_requeues if is_slurm(cfg.launch) else None
-        is_requeued = everyone.first(lambda: _requeued(number, limit))
+        is_requeued = everyone.first(
+            lambda: not everyone.has_failed() and _requeued(job, number, limit)
+        )
     if is_requeued:
         time.sleep(ENDED_WITHIN_S)  # an exit code would be that of the job
     elif everyone.is_first:
-        print(f"\ninterrupted; to go on type the same with name={cfg.name}", flush=True)
+        ends = "" if job is None else f"; SLURM ends job {job} ({number.name})"
+        print(f"\ninterrupted{ends}; to go on type the same with name={cfg.name}", flush=True)
 
 
-def _requeued(number: signal.Signals, limit: int | None) -> bool:
-    """Whether SLURM runs the job again, by itself or because it was asked."""
-    job = os.environ[JOB]
-    state = job_state(job)
-    if state == "PENDING" or state.startswith("REQUEUE"):
-        print(f"\n{number.name}: saved; SLURM runs job {job} again", flush=True)
-        return True
-    if state != "RUNNING":
+def slurm_job() -> str | None:
+    """The job of SLURM that this process is part of, as SLURM's commands name it; None where it is
+    of none. The number of an array's last job is also that of the whole array."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array is not None:
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def _requeued(job: str, number: signal.Signals, limit: int | None) -> bool:
+    """Whether SLURM runs the job again because it was asked."""
+    if job_state(job) not in (
+        "RUNNING",
+        "SIGNALING",
+    ):  # SLURM ends it: cancelled, out of time, or requeued by somebody
         return False
     restarts = int(os.environ.get(RESTARTS, "0"))
     if limit is not None and restarts >= limit:

@@ -1,18 +1,11 @@
-"""One owner of the signals that ask a run to stop.
-
-The handler only notes a signal. A fit heeds it between two optimizer steps: all ranks agree on the
-same one, one checkpoint is written, and they leave. Outside of a fit nothing is half done, and the
-process leaves at once.
-"""
+"""A fit that is asked to stop: the ranks agree on a step, save after it, and leave."""
 
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,84 +15,14 @@ from torch import distributed
 from torch.utils.data import DataLoader
 
 from app.checkpoint import Checkpoints, validation_is_due
+from app.launch.asked import HEEDED, asked
 from app.resume import ExactResume, ResumableLoader
-
-HEEDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Pre-emption and `kill`, a user's `scancel --signal=USR1`, and SLURM's warning before a time-out
-as submitit asks for it."""
 
 SHARE_OF_TIME = 0.01
 """Of a training step, which the ranks may spend on asking each other."""
 
 MOST_S = 0.5
 """How long a signal may wait for the ranks to ask each other, where steps are short."""
-
-
-class Asked:
-    """The signals that have asked this process to stop.
-
-    Attributes:
-        first: the first of them; None before.
-    """
-
-    def __init__(self) -> None:
-        self.first: signal.Signals | None = None
-        self._on_first: Callable[[], None] | None = None
-        self._is_fitting = False
-
-    @property
-    def exit_code(self) -> int:
-        """What a shell says of a process that a signal ended; 0 before."""
-        return 0 if self.first is None else 128 + self.first
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Note signals to the end of the block; where this is the main thread."""
-        self.first, self._on_first, self._is_fitting = None, None, False
-        is_main = threading.current_thread() is threading.main_thread()
-        before = [(n, signal.getsignal(n)) for n in (*HEEDED, signal.SIGINT)] if is_main else []
-        self.listen()
-        try:
-            yield
-        finally:
-            for number, handler in before:
-                signal.signal(number, handler)
-
-    def listen(self) -> None:
-        """Take the signals, also back from Lightning, whose handler talks to other ranks."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (*HEEDED, signal.SIGINT):
-                signal.signal(number, self._note)
-
-    def hold(self, on_first: Callable[[], None]) -> None:
-        """From here on a signal is only noted, and `on_first` called at the first."""
-        self._is_fitting, self._on_first = True, on_first
-        if self.first is not None:
-            on_first()
-
-    def release(self) -> None:
-        """A signal ends the process at once again. Raises SystemExit where one came before."""
-        self._is_fitting, self._on_first = False, None
-        if self.first is not None:
-            raise SystemExit(self.exit_code)
-
-    def note(self, number: int) -> None:
-        """Note that another rank was asked to stop."""
-        self.first = self.first or signal.Signals(number)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        is_first = self.first is None
-        self.note(number)
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not self._is_fitting:
-            raise SystemExit(self.exit_code)
-        if is_first and self._on_first is not None:
-            self._on_first()
-
-
-asked = Asked()
-"""Of this process: signals are the process's."""
 
 
 class StopsOnSignal(pl.Callback):

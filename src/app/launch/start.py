@@ -27,7 +27,7 @@ def placed(cfg: DictConfig) -> DictConfig:
     """
     _refuse_without_gpu(cfg)
     devices = _devices(cfg)
-    found = with_overrides(cfg, {"trainer.devices": devices, **_of_hydra(cfg)})
+    found = with_overrides(cfg, {"trainer.devices": devices, **of_hydra(cfg)})
     if not started_elsewhere():
         if found.trainer.num_nodes > 1:
             raise Refused(
@@ -120,7 +120,7 @@ def _refuse_without_gpu(cfg: DictConfig) -> None:
             raise Refused(f"there is no GPU here: {refusal}") from None
 
 
-def _of_hydra(cfg: DictConfig) -> dict[str, Any]:
+def of_hydra(cfg: DictConfig) -> dict[str, Any]:
     """What only Hydra can resolve, which is not there in other processes."""
     raw = OmegaConf.to_container(cfg)
     return {

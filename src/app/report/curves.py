@@ -2,13 +2,14 @@
 
 import csv
 import io
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.report.metric import stem
+from app.report.metric import is_a_loss, stem
 from app.report.summary import Report, Row
 from app.report.tables import plain
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_LINES = 8
+LEAST_RATIO = 4.0
+"""Of the highest to the lowest loss, from which on the axis is logarithmic."""
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 """Of Okabe and Ito, told apart by everyone, and on light and dark ground."""
 INK = {"light": "#1c2024", "dark": "#e6e8eb"}
@@ -146,7 +149,7 @@ def draw(panel: Panel, *, theme: str, has_legend: bool) -> bytes:
     from matplotlib.figure import Figure
 
     legend_in = 0.1 + 0.175 * len(panel.lines) if has_legend else 0.0
-    width, height = 6.0, 3.4 + legend_in
+    width, height = 5.5, 3.3 + legend_in
     figure = Figure(figsize=(width, height), dpi=144, facecolor=GROUND[theme])
     # inches, by hand: a layout engine draws everything twice
     figure.subplots_adjust(
@@ -162,6 +165,7 @@ def draw(panel: Panel, *, theme: str, has_legend: bool) -> bytes:
         axes.plot(line.steps, line.mean, color=color, marker=few, markersize=3.5, linewidth=1.8)
         if line.n > 1:
             axes.fill_between(line.steps, line.low, line.high, color=color, alpha=0.16, linewidth=0)
+    _spread(axes, panel)
     _style(axes, theme)
     axes.set_xlabel("optimizer step", color=INK[theme])
     axes.set_title(plain(panel.name), loc="left", color=INK[theme], fontsize=11, parse_math=False)
@@ -190,7 +194,22 @@ def _style(axes: "Axes", theme: str) -> None:
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(MUTED[theme])
     axes.margins(x=0.02)
-    axes.locator_params(axis="x", integer=True)
+    axes.locator_params(axis="x", integer=True, nbins=7)
+
+
+def _spread(axes: "Axes", panel: Panel) -> None:
+    """Give the end of a loss as much room as its beginning."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+
+    values = [value for line in panel.lines for value in (*line.low, *line.high)]
+    if not is_a_loss(panel.name) or not all(map(math.isfinite, values)):
+        return
+    if min(values) <= 0 or max(values) < LEAST_RATIO * min(values):
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
 
 
 def _short(label: str) -> str:

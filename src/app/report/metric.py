@@ -52,7 +52,7 @@ def choose_metric(runs: Sequence[Run], *, name: str | None, mode: str | None) ->
     elif monitor is not None and stem(name) == stem(monitor):
         lower, why_mode = monitor_mode == "min", f"callbacks.checkpoint.mode={monitor_mode}"
     else:
-        lower = not LOWER_IS_BETTER.isdisjoint(re.split(r"[^a-z]+", name.lower()))
+        lower = is_a_loss(name)
         why_mode = "by its name"
     others = tuple(sorted(other for other in known if other != name))
     return Metric(name=name, lower_is_better=lower, why=why, why_mode=why_mode, others=others)
@@ -61,6 +61,11 @@ def choose_metric(runs: Sequence[Run], *, name: str | None, mode: str | None) ->
 def stem(name: str) -> str:
     """The name of a metric without the part that says on what it is measured: `acc`."""
     return re.sub(r"^(raw_)?(train|val|test)_", "", name)
+
+
+def is_a_loss(name: str) -> bool:
+    """Whether a metric's name says that lower is better."""
+    return not LOWER_IS_BETTER.isdisjoint(re.split(r"[^a-z]+", name.lower()))
 
 
 def _monitored(runs: Sequence[Run]) -> tuple[str | None, str | None]:

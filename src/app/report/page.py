@@ -13,7 +13,7 @@ from app.report.page_table import badge, rows_table
 from app.report.reading import Run
 from app.report.rerun import command
 from app.report.summary import Report
-from app.report.tables import error_line, headlines
+from app.report.tables import answer, error_line, headlines
 
 MOST_PLOTS = 24
 FINDERS = ("batch_size", "lr_find")
@@ -80,7 +80,8 @@ def _header(report: Report) -> str:
         f'<li class="{escape(state)}"><b>{number}</b> {escape(state)}</li>'
         for state, number in count.most_common()
     ]
-    lines = "".join(f'<p class="soft">{escape(line)}</p>' for line in headlines(report)[1:])
+    lines = "".join(f'<p class="answer">{escape(line)}</p>' for line in answer(report))
+    lines += "".join(f'<p class="soft">{escape(line)}</p>' for line in headlines(report)[1:])
     return (
         f"<header><h1>{escape(str(report.top))}</h1>"
         f'<ul class="chips">{"".join(chips)}</ul>{lines}</header>'

@@ -27,6 +27,7 @@ def rows_table(report: Report) -> str:
         _head(name, key, kind, order=sorted_by.get(key, "none")) for name, key, kind in heads
     )
     digits, scale = digits_of(report), Scale.of(report)
+    dotted = " The dotted line is the baseline's mean." if scale.baseline is not None else ""
     rows = "\n".join(_row(report, row, digits, scale, width=len(heads)) for row in report.rows)
     return f"""<h2>Configurations</h2>
 <div class="tools"><input id="filter" type="search" placeholder="Filter, e.g. ema 0.98"
@@ -37,7 +38,7 @@ aria-label="Filter the configurations">
 {rows}
 </table></div>
 <p class="soft">n: seeds. Mean over seeds and its 95 % interval by Student's t, each row for itself:
-among many rows some intervals miss by chance. Open a row for its keys and runs.</p>"""
+among many rows some intervals miss by chance.{dotted} Open a row for its keys and runs.</p>"""
 
 
 def _head(name: str, key: str, kind: str, *, order: str) -> str:
@@ -58,24 +59,29 @@ def _row(
         f'<td data-v="{row.number}"><button type="button" class="more" aria-expanded="false" '
         f'aria-label="Row {row.number}: keys and runs">{row.number}</button></td>'
     ]
-    cells += [f'<td data-v="{escape(value)}">{escape(value)}</td>' for value in row.values]
     cells += [
-        _number(mean.n if mean else 0, str(mean.n if mean else 0)),
-        _number(mean.mean if mean else None, digits[0].of(mean.mean if mean else None), "mean"),
-        _number(mean.low if mean else None, digits[0].interval(mean)),
-        f"<td>{scale.drawn(mean)}</td>",
+        f'<td data-v="{escape(value)}" data-head="{escape(name)}">{escape(value)}</td>'
+        for name, value in zip(report.columns, row.values, strict=True)
+    ]
+    metric = report.metric.name if report.metric else "metric"
+    n, value = (mean.n, mean.mean) if mean else (0, None)
+    cells += [
+        _number(n, str(n), "small", head="n"),
+        _number(value, digits[0].of(value), "mean", head=metric),
+        _number(mean.low if mean else None, digits[0].interval(mean), "interval", head=""),
+        f'<td class="drawn">{scale.drawn(mean)}</td>',
     ]
     if report.baseline is not None:
         cells.append(_difference(report, row, digits[1]))
     cells += [
-        _number(row.best, digits[0].of(row.best)),
-        _number(row.seconds, duration(row.seconds)),
+        _number(row.best, digits[0].of(row.best), "small", head="best"),
+        _number(row.seconds, duration(row.seconds), "small", head="time a run"),
     ]
     states = " ".join(
         f'<span class="state {escape(state)}">{number} {escape(state)}</span>'
         for state, number in row.states.most_common()
     )
-    cells.append(f'<td data-v="{len(row.config.runs)}">{states}</td>')
+    cells.append(f'<td class="small" data-v="{len(row.config.runs)}">{states}</td>')
     return (
         f'<tbody><tr class="row">{"".join(cells)}</tr>\n<tr hidden><td class="detail" '
         f'colspan="{width}"><div>{_diff(report, row)}{_runs(report, row, digits[0])}</div></td>'
@@ -83,30 +89,30 @@ def _row(
     )
 
 
-def _number(value: float | None, shown: str, css: str = "") -> str:
+def _number(value: float | None, shown: str, css: str, *, head: str) -> str:
     known = "" if value is None or value != value else repr(value)
-    return f'<td class="{f"number {css}".strip()}" data-v="{known}">{escape(shown)}</td>'
+    attributes = f'class="number {css}" data-v="{known}" data-head="{escape(head)}"'
+    return f"<td {attributes}>{escape(shown)}</td>"
 
 
 def _difference(report: Report, row: Row, digits: Digits) -> str:
     if row.is_baseline:
-        return '<td data-v="0"><span class="tag base">baseline</span></td>'
+        return '<td class="versus" data-v="0"><span class="tag base">baseline</span></td>'
     if row.versus is None or report.metric is None:
-        return f'<td data-v="">{escape(row.why_no_interval())}</td>'
-    mean, low, high = row.versus.mean, row.versus.low, row.versus.high
+        return f'<td class="versus" data-v="">{escape(row.why_no_interval())}</td>'
+    mean, verdict = row.versus.mean, report.verdict(row)
     shown = escape(digits.of(mean, sign=True))
     seeds = f"{row.common_seeds} seed{'' if row.common_seeds == 1 else 's'}"
-    if low is None or high is None:
+    if not verdict:
         tail = f'<span class="tag unclear">{escape(row.why_no_interval())}, no interval</span>'
     else:
-        verdict = "unclear"
-        if low > 0 or high < 0:
-            verdict = "better" if report.metric.better(mean, 0.0) else "worse"
         tail = (
-            f" {escape(digits.interval(row.versus, sign=True))}"
+            f' <span class="whole">{escape(digits.interval(row.versus, sign=True))}</span> '
             f'<span class="tag {verdict}">{verdict}, {seeds}</span>'
         )
-    return f'<td data-v="{"" if mean != mean else repr(mean)}"><b>{shown}</b>{tail}</td>'
+    known = "" if mean != mean else repr(mean)
+    attributes = f'class="versus" data-v="{known}" data-head="difference"'
+    return f"<td {attributes}><b>{shown}</b>{tail}</td>"
 
 
 def _diff(report: Report, row: Row) -> str:
@@ -146,5 +152,6 @@ def _runs(report: Report, row: Row, digits: Digits) -> str:
 
 
 def badge(run: Run) -> str:
-    """The state of a run, coloured, with what else is known of its end."""
-    return f'<span class="state {escape(run.state)}">{escape(problem_words(run))}</span>'
+    """The state of a run, coloured, with what else is known of its end where it did not finish."""
+    words = run.state if run.state == "finished" else problem_words(run)
+    return f'<span class="state {escape(run.state)}">{escape(words)}</span>'

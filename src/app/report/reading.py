@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from app.cli import Refused
-from app.folder import RunFolder
+from app.folder import ENDED, RunFolder
+from app.launch.slurm_states import SLURM_JOB, state_of, states
 from app.report.states import true_state
 from app.sweep.folder import SweepFolder
 from app.sweep.journal import NAME as JOURNAL
@@ -25,8 +26,8 @@ class Run:
     """One run as it lies in its folder.
 
     Attributes:
-        state: finished, running, failed, interrupted, cancelled, queued, or missing: finished
-            according to the journal, but not there.
+        state: finished, pruned, running, failed, interrupted, cancelled, queued, or missing:
+            finished or pruned according to the journal, but not there.
         config: as it was written, `${run_dir}` unresolved; None where the run did not come so far.
         typed: the overrides of its command.
         tuned: what a finder of this run found, by key.
@@ -79,6 +80,7 @@ def read_runs(top: Path) -> Found:
         )
     reader = _Reader()
     reader.visit(top, reader.sweep_at(top.parent) if _is_run(top) else None)
+    reader.ask_slurm()
     if not reader.runs:
         raise Refused(
             f"DIR must be the folder of a run, of a sweep or of several, got {top}: neither it nor "
@@ -129,6 +131,19 @@ class _Reader:
         for path in here.jobs if here else ():
             if path not in self.runs:
                 self._read(path, here)
+
+    def ask_slurm(self) -> None:
+        """Let the runs that are in SLURM's hands have the states that they have there."""
+        jobs = {
+            path: run.result[SLURM_JOB]
+            for path, run in self.runs.items()
+            if SLURM_JOB in run.result and run.state not in ENDED
+        }
+        said = states(list(jobs.values()))
+        for path, job in jobs.items():
+            if job in said:
+                run = self.runs[path]
+                run.state, run.error = state_of(run.result, said[job])
 
     def sweep_at(self, folder: Path) -> _Sweep | None:
         """The sweep whose folder this is; None where it is none's."""

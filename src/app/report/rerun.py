@@ -1,11 +1,10 @@
 """The command that runs a run again, or goes on with it, in the folder that it has."""
 
-import re
 import shlex
 from pathlib import Path
 
 from app.report.reading import Run
-from app.sweep.folder import alone, of_one_run
+from app.sweep.folder import alone, of_one_run, quoted
 
 OF_THE_FOLDER = ("run_dir", "hydra.run.dir")
 """Typed keys that would train elsewhere."""
@@ -32,11 +31,3 @@ def command(run: Run) -> str | None:
     module = "app.tune" if is_tune else "app.train"
     flags = alone(run.config_name, run.config_dirs)
     return shlex.join(["python", "-m", module, *flags, *typed, where])
-
-
-def quoted(value: str) -> str:
-    """A value in Hydra's grammar, in quotes where it holds what the grammar would read."""
-    if re.fullmatch(r"[\w./:-]+", value, re.ASCII):
-        return value
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
-    return f"'{escaped}'"

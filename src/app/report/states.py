@@ -29,6 +29,8 @@ def true_state(
         return said, None
     if is_held:
         return "running", None
+    if said == "queued":
+        return "queued", "its job of SLURM waits, as far as is known here"
     queued = f"; attempt {job.attempt + 1} is queued" if job and job.state == "queued" else ""
     if said == "failed":
         return "failed", f"{result.get('error', 'no error was noted')}{queued}"
@@ -38,8 +40,8 @@ def true_state(
         return "interrupted", KILLED
     if job.state in ENDED:
         return job.state, job.error
-    if job.state == "finished":
-        return "missing", "the journal says finished, but there is no result"
+    if job.state in DONE:
+        return "missing", f"the journal says {job.state}, but there is no result"
     if job.state == "running":
         return ("running", None) if is_launched else ("interrupted", KILLED)
     if said is not None:

@@ -85,6 +85,16 @@ class Report:
     repeats: int
     problems: list[Run]
 
+    def verdict(self, row: Row) -> str:
+        """better, worse or unclear: what the interval of a row's difference from the baseline says;
+        empty where it has none."""
+        if self.metric is None or row.versus is None or row.versus.low is None:
+            return ""
+        assert row.versus.high is not None
+        if row.versus.low <= 0 <= row.versus.high:
+            return "unclear"
+        return "better" if self.metric.better(row.versus.mean, 0.0) else "worse"
+
     def label(self, row: Row) -> str:
         """A row in words: its columns as they are typed."""
         pairs = zip(self.columns, row.values, strict=True)

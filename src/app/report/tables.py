@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -85,6 +86,29 @@ def headlines(report: Report) -> list[str]:
     return lines + report.notes
 
 
+def answer(report: Report) -> list[str]:
+    """Which row is best, in a sentence; none where there is nothing to choose from."""
+    known = [row for row in report.rows if row.mean is not None and math.isfinite(row.mean.mean)]
+    if len(known) < 2 or report.metric is None:
+        return []
+    best, (digits, signed) = known[0], digits_of(report)
+    assert best.mean is not None
+    superlative = "lowest" if report.metric.lower_is_better else "highest"
+    text = f"{superlative} mean {report.metric.name}: {report.label(best)}"
+    text += f", {digits.of(best.mean.mean)}"
+    if best.mean.low is not None:
+        text += f" {digits.interval(best.mean)}"
+    if best.is_baseline:
+        text += ", the baseline"
+    verdict = report.verdict(best)
+    if verdict:
+        assert best.versus is not None
+        difference = signed.of(best.versus.mean, sign=True)
+        words = "no clear difference from" if verdict == "unclear" else f"{verdict} than"
+        text += f"; {words} the baseline: {difference} {signed.interval(best.versus, sign=True)}"
+    return [text]
+
+
 def error_line(text: str) -> str:
     """The line of an error that says what happened: of a traceback the last, else the first."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
@@ -98,13 +122,13 @@ def problem_words(run: Run) -> str:
         words.append(f"rank {run.result['rank']}")
     if run.job is not None:
         words += [f"attempt {run.job.attempt}"] if run.job.attempt > 1 else []
-        words += [f"on {run.job.device}"] if run.job.device else []
+        words += [f"device {run.job.device}"] if run.job.device else []
     return ", ".join(words)
 
 
 def terminal(report: Report, *, limit: int = SHOWN) -> str:
     """The report in lines, without characters that a terminal would act on."""
-    lines = [*headlines(report), ""]
+    lines = [*headlines(report), *answer(report), ""]
     if report.rows:
         heads, rows = cells(report)
         lines += _aligned([heads, *rows[:limit]], is_left=len(report.columns))
@@ -145,7 +169,8 @@ def markdown(report: Report, *, curves: Sequence[str]) -> str:
         curves: names of the pictures beside the file.
     """
     heads, rows = cells(report)
-    lines = ["# Report", "", *(f"* {escaped(line)}" for line in headlines(report)), ""]
+    said = [*headlines(report), *answer(report)]
+    lines = ["# Report", "", *(f"* {escaped(line)}" for line in said), ""]
     if rows:
         aligned = ["---" if i < len(report.columns) else "---:" for i in range(len(heads))]
         lines += [_table_line([escaped(cell) for cell in line]) for line in [heads]]

@@ -1,4 +1,4 @@
-"""Looks after a sweep that was started with `launch=local`.
+"""Looks after a sweep that was started with `launch=local` or `launch=slurm`.
 
 status   what became of each job
 resume   runs the jobs that are not finished, each from its last checkpoint
@@ -9,11 +9,14 @@ cancel   ends the launcher, if it runs, and drops the jobs that wait
 import argparse
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 from app.cli import Refused
-from app.sweep.folder import SweepFolder, job_event
+from app.folder import RunFolder
+from app.launch.slurm_states import SLURM_JOB, refresh
+from app.sweep.folder import SweepFolder, job_event, quoted
 from app.sweep.journal import NAME, Sweep
 from app.sweep.progress import counts, table
 
@@ -41,12 +44,13 @@ def _sweep_in(folder: SweepFolder) -> Sweep:
     if sweep is None:
         raise Refused(
             f"DIR must be the folder of a sweep, got {folder.path}: it has no {NAME}, which "
-            "launch=local writes; type multirun/DATE/TIME"
+            "launch=local and launch=slurm write; type multirun/DATE/TIME"
         )
     if folder.holder() is None:
         for job in sweep.jobs.values():
             if job.state == "running":  # and was killed with its launcher
                 job.state = "interrupted"
+    refresh(folder.path, sweep.jobs.values())
     return sweep
 
 
@@ -88,6 +92,12 @@ def cancel(folder: SweepFolder, sweep: Sweep) -> None:
     if not folder.hold():
         raise Refused(folder.held_message())
     dropped = [job for job in _sweep_in(folder).jobs.values() if job.state in DROPPED]
+    results = [
+        RunFolder(folder.path / (job.folder or str(job.job))).read_result() or {} for job in dropped
+    ]
+    ids = [result[SLURM_JOB] for result in results if SLURM_JOB in result]
+    if ids:
+        subprocess.run(["scancel", *ids], check=False)
     for job in dropped:
         job.state = "cancelled"
     folder.journal.write(job_event(job, "state") for job in dropped)
@@ -104,7 +114,7 @@ def _run_again(folder: SweepFolder, sweep: Sweep, *more: str) -> None:
     words = [word for word in sweep.command[1:] if word.partition("=")[0] not in own]
     inside = folder.path.absolute().is_relative_to(sweep.cwd)
     path = folder.path.absolute().relative_to(sweep.cwd) if inside else folder.path.absolute()
-    words += [f"hydra.sweep.dir={path}", *more]
+    words += [f"hydra.sweep.dir={quoted(str(path))}", *more]
     os.chdir(sweep.cwd)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *words])

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -88,7 +89,7 @@ class SweepFolder:
         holder = self.holder() or {"pid": "?", "host": "?"}
         return (
             f"{self.path} is being run by process {holder['pid']} on {holder['host']}; wait for "
-            f"it, or type python -m app.sweep cancel {self.path}"
+            f"it, or type python -m app.sweep cancel {shlex.quote(str(self.path))}"
         )
 
     def end_launcher(self) -> None:
@@ -275,6 +276,14 @@ def alone(config_name: str | None, dirs: Iterable[str]) -> list[str]:
     if config_name not in (None, "train", "tune"):  # a file that says itself that it is a sweep
         words += ["--config-name", str(config_name), "hydra.mode=RUN", "launch=none", "sweep=none"]
     return words
+
+
+def quoted(value: str) -> str:
+    """A value in Hydra's grammar, in quotes where it holds what the grammar would read."""
+    if re.fullmatch(r"[\w./:-]+", value, re.ASCII):
+        return value
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    return f"'{escaped}'"
 
 
 def _key(word: str) -> str:

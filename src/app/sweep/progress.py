@@ -22,10 +22,12 @@ class Progress:
         self._is_live = sys.stdout.isatty()
         self._began: dict[int, float] = {}
         self._took: list[float] = []
+        self._most_at_once = 0
 
     def started(self, job: Job) -> None:
         """A job has begun."""
         self._began[job.job] = time.monotonic()
+        self._most_at_once = max(self._most_at_once, len(self._began))
 
     def ended(self, job: Job, *, waiting: int) -> None:
         """A job has ended, in the state that it has now, while so many wait."""
@@ -61,11 +63,13 @@ class Progress:
 
     def _left_s(self, waiting: int) -> float | None:
         """Seconds, by the mean of those that have finished; None before."""
-        if not self._took or not self._began:
+        if not self._took or not (self._began or waiting):
             return None
         mean, now = sum(self._took) / len(self._took), time.monotonic()
-        running = sum(max(0.0, mean - (now - began)) for began in self._began.values())
-        return (running + mean * waiting) / len(self._began)
+        running = [max(0.0, mean - (now - began)) for began in self._began.values()]
+        if not waiting:
+            return max(running)
+        return (sum(running) + mean * waiting) / self._most_at_once
 
 
 def labels(jobs: Sequence[Job]) -> dict[int, str]:

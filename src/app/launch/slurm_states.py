@@ -1,0 +1,93 @@
+"""What SLURM says of jobs, in the words of a run's states. Needs no torch."""
+
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from app.folder import ENDED, RunFolder
+from app.sweep.journal import Job
+
+SLURM_JOB = "slurm_job"
+"""The key of result.json that names the job of SLURM which trains the run."""
+
+WAITS = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SUSPENDED",
+         "CONFIGURING", "PREEMPTED", "RESIZING")  # fmt: skip
+UNKNOWN = "UNKNOWN"
+ACCOUNTING_LAG_S = 120.0
+"""How long SLURM's accounting may take to know of a new job."""
+
+RUNS = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED")
+
+
+def state_of(result: Mapping[str, Any], said: str | None) -> tuple[str, str | None]:
+    """The state of a run and its error in words.
+
+    Args:
+        result: content of result.json.
+        said: the state of its job, in SLURM's word; None where SLURM does not answer.
+    """
+    status = str(result.get("status", "queued"))
+    error = result.get("error")
+    if status in ENDED:
+        return status, None
+    if said in WAITS:
+        return "queued", None
+    if said in RUNS:
+        return "running", None
+    if status == "failed":
+        return status, error
+    if said == UNKNOWN:
+        is_new = time.time() - result.get("submitted_at", 0.0) < ACCOUNTING_LAG_S
+        if status in ("queued", "running") and not is_new:
+            return "interrupted", f"SLURM knows nothing of job {result.get(SLURM_JOB)} any more"
+        return status, error
+    if said == "CANCELLED":
+        return "cancelled", f"job {result.get(SLURM_JOB)} was cancelled"
+    if said == "COMPLETED":
+        return "interrupted", f"job {result.get(SLURM_JOB)} ended without a result"
+    if said is not None:
+        return "failed", f"job {result.get(SLURM_JOB)} ended as {said}"
+    return status, error
+
+
+def refresh(top: Path, jobs: Iterable[Job]) -> None:
+    """Let jobs of a sweep that SLURM runs have the state that they have now."""
+    results = {}
+    for job in jobs:
+        result = RunFolder(top / (job.folder or str(job.job))).read_result() or {}
+        if SLURM_JOB in result:
+            results[id(job)] = (job, result)
+    asked = [r[SLURM_JOB] for _, r in results.values() if r.get("status") not in ENDED]
+    said = states(asked)
+    for job, result in results.values():
+        job.state, job.error = state_of(result, said.get(result[SLURM_JOB]))
+
+
+def states(jobs: Sequence[str]) -> dict[str, str]:
+    """What SLURM says of each job: UNKNOWN of some that it has forgotten; empty where it does not
+    answer."""
+    if not jobs:
+        return {}
+    from submitit.slurm.slurm import SlurmInfoWatcher
+
+    arrays = sorted({job.partition("_")[0] for job in jobs})
+    asked = [word for array in arrays for word in ("-j", array)]
+    text = _answer("sacct", "-o", "JobID,State,NodeList", "--parsable2", *asked)
+    if text is None:  # a cluster without accounting, whose jobs are forgotten after some minutes
+        lines = _answer("squeue", "--states=all", "-h", "-r", "-o", "%i|%T|%N")
+        text = None if lines is None else f"JobID|State|NodeList\n{lines}"
+    if text is None:
+        return {}
+    found = SlurmInfoWatcher().read_info(text)
+    said = {job: found[job]["State"].split()[0].rstrip("+") for job in jobs if job in found}
+    return {job: said.get(job, UNKNOWN) for job in jobs}
+
+
+def _answer(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout

@@ -1,0 +1,126 @@
+"""What a task of a submitted job does: one rank of one run. Needs no torch until it trains."""
+
+import os
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from app.cli import Refused
+from app.folder import ENDED, RunFolder
+from app.launch.asked import asked
+from app.launch.failures import HEAD_START_S, Failure, failure_of, first_of
+from app.launch.job import LOG, write_to
+from app.launch.requeue import RESTARTS, requeued_or_told
+from app.sweep.folder import SweepFolder
+from app.sweep.journal import Job
+
+FAILURES = "slurm/failures"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """A run as submitit pickles it and each task calls it.
+
+    Attributes:
+        cfg: its configuration, which needs nothing of Hydra.
+        typed: what to note in overrides.yaml.
+        sweep: folder of the sweep that it is a job of; None where it is of none.
+        number: of that job.
+        environment: variables to set.
+    """
+
+    cfg: DictConfig
+    typed: list[str]
+    sweep: Path | None
+    number: int
+    environment: Mapping[str, str]
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(self.cfg.run_dir)
+
+    def __call__(self) -> float | None:
+        """Train; the objective. Raises what the run raises: SLURM is told by the exit code."""
+        with asked.listening():
+            try:
+                return self._run()
+            except SystemExit:
+                requeued_or_told(self.cfg)  # where the run was not there yet to heed a signal
+                raise
+
+    def _run(self) -> float | None:
+        os.environ.update(self.environment)
+        rank = int(os.environ.get("SLURM_PROCID", "0"))
+        restarts = int(os.environ.get(RESTARTS, "0"))
+        if rank == 0:
+            write_to(self.folder / LOG)
+            for path in self._failures.glob("*"):
+                path.unlink()  # of an earlier attempt
+            self._note("running", "attempt", "device", attempt=restarts + 1)
+        try:
+            if restarts > self.cfg.launch.max_requeues:
+                raise Refused(
+                    f"launch.max_requeues={self.cfg.launch.max_requeues}: the job was requeued "
+                    f"{restarts} times; to go on from its last checkpoint type the same command"
+                )
+            value = self._train()
+        except BaseException as error:
+            exit_code = error.code if isinstance(error, SystemExit) else 1
+            if not exit_code:
+                raise
+            self._settle(error, rank)
+            raise SystemExit(2 if isinstance(error, Refused) else exit_code) from error
+        if rank == 0:
+            result = RunFolder(self.folder).read_result() or {}
+            self._note(result.get("status", "finished"), "value", value=value)
+        return value
+
+    def _train(self) -> float | None:
+        from app.train import objective, run
+
+        result = run(self.cfg, typed=self.typed)
+        return None if result is None else objective(self.cfg.objective, result["metrics"])
+
+    @property
+    def _failures(self) -> Path:
+        return self.folder / FAILURES
+
+    def _settle(self, error: BaseException, rank: int) -> None:
+        """Note how the run failed, by the rank that failed first; print the traceback."""
+        failure = failure_of(error, rank)
+        if failure.exit_code is None:
+            print(failure.refusal or failure.trace, file=sys.stderr, flush=True)
+        self._failures.mkdir(parents=True, exist_ok=True)
+        partial = self._failures / f".{rank}"
+        partial.write_bytes(pickle.dumps(failure))
+        partial.replace(self._failures / str(rank))
+        if failure.is_of_a_lost_peer:
+            time.sleep(HEAD_START_S)
+        found = [pickle.loads(path.read_bytes()) for path in self._failures.glob("[0-9]*")]
+        first: Failure = first_of(found)
+        if first.exit_code is not None and first.exit_code > 128 and rank == 0:
+            name = signal.Signals(first.exit_code - 128).name
+            self._note("interrupted", "error", error=f"asked to stop by {name}")
+        elif first.exit_code is None and rank in (0, first.rank):
+            run = RunFolder(self.folder)
+            result = run.read_result() or {}
+            if result.get("status") not in ENDED:
+                result |= {"status": "failed", "error": first.error, "rank": first.rank}
+                run.write_result(result)
+                self._note("failed", "error", error=first.error)
+
+    def _note(self, state: str, *names: str, **values: Any) -> None:
+        """Tell the sweep's journal."""
+        if self.sweep is None:
+            return
+        job = Job(job=self.number, overrides=self.typed, state=state, **values)
+        job.device = os.environ.get("SLURM_JOB_NODELIST")
+        SweepFolder(self.sweep).note(job, *names)

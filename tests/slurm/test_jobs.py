@@ -1,0 +1,281 @@
+"""`launch=slurm` on a real cluster: what SLURM, the report and the checkpoints say afterwards.
+
+Left out: GPUs, and file systems over a network: both nodes are this machine.
+"""
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cluster import Cluster
+
+THEIRS = ("optimizer=none", "model=custom", "model._target_=noting.LitModel", "data=custom",
+          "data._target_=noting.LitData", "trainer.accelerator=cpu", "logger=csv", "test=none",
+          "callbacks.progress=null", "callbacks.checkpoint.every_min=null")  # fmt: skip
+TWO_BY_TWO = ("strategy=ddp", "trainer.num_nodes=2", "trainer.devices=2")
+TINY = ("model.channels=4", "trainer.max_epochs=1", "trainer.limit_train_batches=2",
+        "trainer.limit_val_batches=1", "test=none", "callbacks.progress=null", "logger=csv",
+        "data.batch_size=16", "trainer.accelerator=cpu")  # fmt: skip
+SLOW = "+model.step_s=0.15"
+NUM_SAMPLES = 480  # two epochs of 15 optimizer steps of 32 samples
+
+
+class Commands:
+    """Commands of a user of the cluster, in a folder of their own."""
+
+    def __init__(self, cluster: Cluster, cwd: Path) -> None:
+        self.cluster = cluster
+        self.cwd = cwd
+        self.env = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+
+    def __call__(self, module: str, *typed: str, exit_code: int = 0) -> str:
+        done = self.cluster.run(
+            sys.executable, "-m", module, *typed,
+            cwd=self.cwd, env=self.env, check=False, stderr=-2, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == exit_code, done.stdout
+        printed: str = done.stdout
+        return printed
+
+    def submit(self, name: str, *typed: str) -> str:
+        """Submit a run; the number of its job."""
+        self("app.train", "launch=slurm", "launch.wait=false", f"name={name}", *typed)
+        return str(self.result(name)["slurm_job"])
+
+    def result(self, name: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.cwd / f"runs/{name}/result.json").read_text())
+        return content
+
+    def state(self, name: str) -> str:
+        """What the report says of a run."""
+        lines = self("app.report", f"runs/{name}").splitlines()
+        return lines[0].partition("(1 ")[2].partition(")")[0]
+
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        path = self.cwd / f"runs/{name}/checkpoints/last.ckpt"
+        found: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
+        return found
+
+    def seen(self, name: str) -> list[tuple[int, int, list[int]]]:
+        """Step, epoch and samples of every micro-batch that any rank has trained on."""
+        lines = [
+            line.split()
+            for path in (self.cwd / f"runs/{name}/seen").iterdir()
+            for line in path.read_text().splitlines()
+        ]
+        return [(int(line[0]), int(line[1]), [int(i) for i in line[2:]]) for line in lines]
+
+    def until(self, is_true: Callable[[], bool], timeout_s: float = 120.0) -> None:
+        end = time.monotonic() + timeout_s
+        while not is_true():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    def until_step(self, name: str, step: int) -> None:
+        """Wait until rank 0 has begun this optimizer step."""
+        folder = self.cwd / f"runs/{name}/seen"
+
+        def has_begun() -> bool:
+            noted = [path.read_text().splitlines() for path in folder.glob("0-*")]
+            return any(line and int(line.split()[0]) >= step for file in noted for line in file)
+
+        self.until(has_begun)
+
+
+@pytest.fixture
+def commands(cluster: Cluster, tmp_path: Path) -> Commands:
+    return Commands(cluster, tmp_path)
+
+
+def assert_equal_to_undisturbed(commands: Commands, name: str) -> None:
+    """Bit-equal weights; every sample of every epoch once."""
+    whole, found = commands.weights("whole"), commands.weights(name)
+    for key, tensor in whole.items():
+        assert torch.equal(tensor, found[key]), key
+    assert Counter(
+        (epoch, sample) for _, epoch, samples in commands.seen(name) for sample in samples
+    ) == Counter((epoch, sample) for epoch in range(2) for sample in range(NUM_SAMPLES))
+
+
+@pytest.mark.slow
+def test_slurm_signals_half_step_goes_on_port_a_run_of_four_tasks_loses_nothing(
+    commands: Commands,
+) -> None:
+    typed = (*THEIRS, *TWO_BY_TWO, "trainer.max_epochs=2", "accumulate=constant",
+             "accumulate.factor=2", "+data.workers=1", f"+data.num_samples={NUM_SAMPLES}",
+             "launch.partition=low")  # fmt: skip
+    cluster = commands.cluster
+    whole = commands.submit("whole", *typed)
+    cluster.wait(whole, "COMPLETED", timeout_s=120)
+
+    job = commands.submit("asked", *typed, SLOW)
+    for restarts, words in enumerate(
+        (
+            ("scancel", "--signal=USR2", job),  # as SLURM warns of a time-out
+            ("scancel", "--signal=USR1", job),
+            ("scontrol", "requeue", job),  # an administrator
+        )
+    ):
+        commands.until_step("asked", 5 * restarts + 2)
+        cluster.run(*words)
+        commands.until(lambda r=restarts: cluster.job(job)["Restarts"] == str(r + 1))  # type: ignore[misc]
+    commands.until_step("asked", 17)
+    high = cluster.run(
+        "sbatch",
+        "--parsable",
+        "--output=/dev/null",
+        "--partition=high",
+        "--nodes=2",
+        "--exclusive",
+        "--wrap=true",
+    ).stdout.strip()
+    cluster.wait(high, "COMPLETED", timeout_s=90)  # pre-empts
+    cluster.wait(job, "COMPLETED", timeout_s=120)
+    assert cluster.job(job)["Restarts"] == "4"
+    assert_equal_to_undisturbed(commands, "asked")
+    assert commands.state("asked") == "finished"
+    log = (commands.cwd / "runs/asked/job.log").read_text()
+    assert log.count("and job ") >= 2
+    assert not list(commands.cwd.glob("runs/asked/slurm/.meeting-*"))
+
+
+@pytest.mark.slow
+def test_a_run_on_a_node_that_dies_goes_on_from_the_newest_checkpoint(commands: Commands) -> None:
+    typed = (*THEIRS, *TWO_BY_TWO, "trainer.max_epochs=2", "callbacks.checkpoint.every_n_steps=4")
+    cluster = commands.cluster
+    cluster.wait(commands.submit("whole", *typed), "COMPLETED", timeout_s=120)
+    job = commands.submit("dies", *typed, SLOW)
+    commands.until_step("dies", 7)
+    cluster.kill_node(2)
+    commands.until(lambda: cluster.job(job)["Restarts"] == "1")
+    cluster.start_node(2)
+    cluster.wait(job, "COMPLETED", timeout_s=120)
+    whole, found = commands.weights("whole"), commands.weights("dies")
+    assert all(torch.equal(tensor, found[key]) for key, tensor in whole.items())
+    steps = Counter(step for step, _, _ in commands.seen("dies"))
+    redone = [step for step, times in steps.items() if times > 4]
+    assert len(redone) <= 5  # the interval, and the step that the death cut
+
+
+def test_slurm_completed_a_failed_rank_is_failed_everywhere_with_its_traceback(
+    commands: Commands,
+) -> None:
+    cluster = commands.cluster
+    typed = (*THEIRS, *TWO_BY_TWO, "trainer.max_epochs=1", "+model.fails_on=3")
+    job = commands.submit("fails", *typed)
+    after = cluster.run(
+        "sbatch", "--parsable", "--output=/dev/null", f"--dependency=afterok:{job}", "--wrap=true"
+    ).stdout.strip()
+    cluster.wait(job, "FAILED", timeout_s=120)
+    assert cluster.job(after)["JobState"] == "PENDING"
+    assert cluster.job(after)["Reason"] in ("DependencyNeverSatisfied", "Dependency")
+    result = commands.result("fails")
+    assert (result["status"], result["rank"]) == ("failed", 3)
+    assert result["error"] == "LookupError: the data are gone"
+    assert commands.state("fails") == "failed"
+    printed = "".join(p.read_text() for p in commands.cwd.glob("runs/fails/slurm/*_3_log.out"))
+    assert "in training_step" in printed
+    cluster.run("scancel", after)
+    printed = commands("app.train", "launch=slurm", "name=waits", *typed, exit_code=1)
+    assert "the data are gone" in printed
+    assert printed.endswith("job.log\n")
+
+
+def test_slurm_blocks_twenty_jobs_are_submitted_at_once_and_reported_as_they_are(
+    commands: Commands,
+) -> None:
+    cluster = commands.cluster
+    began = time.monotonic()
+    printed = commands(
+        "app.train", "-m", "launch=slurm", "launch.wait=false", "hydra.sweep.dir=sweep", *TINY,
+        "seed=range(18)",
+    )  # fmt: skip
+    took = time.monotonic() - began
+    assert "submitted 18 jobs" in printed
+    more = commands(
+        "app.train", "-m", "launch=slurm", "launch.wait=false", "hydra.sweep.dir=more", *THEIRS,
+        "+model.fails_on=0,null", "+model.step_s=30", "trainer.max_epochs=3,2",
+    )  # fmt: skip
+    print(f"{took:.1f} s for 18 jobs\n{printed}{more}")
+    ids = [
+        json.loads(path.read_text())["slurm_job"]
+        for path in sorted((commands.cwd / "more").glob("*/result.json"))
+    ]
+    cluster.run("scancel", *ids[2:])
+    for path in (commands.cwd / "sweep").glob("*/result.json"):
+        cluster.wait(json.loads(path.read_text())["slurm_job"], "COMPLETED", timeout_s=240)
+    report = commands("app.report", "sweep").splitlines()[0]
+    assert "18 runs (18 finished)" in report
+    assert "2 cancelled" in commands("app.report", "more").splitlines()[0]
+    again = commands("app.train", "-m", "launch=slurm", "hydra.sweep.dir=sweep", *TINY,
+                     "seed=range(18)")  # fmt: skip
+    assert "18 finished; 0 to run" in again
+
+
+def test_jobs_that_need_other_resources_are_arrays_of_their_own(commands: Commands) -> None:
+    commands(
+        "app.train", "-m", "launch=slurm", "hydra.sweep.dir=sweep", *TINY, "strategy=ddp",
+        "trainer.devices=1,2", "seed=1,2",
+    )  # fmt: skip
+    found = [json.loads((commands.cwd / f"sweep/{n}/result.json").read_text()) for n in range(4)]
+    assert [result["batch"]["world_size"] for result in found] == [1, 1, 2, 2]
+    arrays = [result["slurm_job"].partition("_")[0] for result in found]
+    assert arrays[0] == arrays[1] != arrays[2] == arrays[3]
+
+
+def test_a_job_that_is_requeued_too_often_fails_and_says_what_to_type(commands: Commands) -> None:
+    job = commands.submit("loops", *THEIRS, SLOW, "trainer.max_epochs=9", "launch.max_requeues=0")
+    commands.until_step("loops", 1)
+    commands.cluster.run("scancel", "--signal=USR2", job)
+    assert commands.cluster.wait(job, "FAILED", timeout_s=60)["Restarts"] == "0"
+    assert commands.state("loops") == "failed"
+    assert (
+        "launch.max_requeues=0: the job has been requeued as often"
+        in (commands.result("loops")["error"])
+    )
+    assert (commands.cwd / "runs/loops/checkpoints/last.ckpt").exists()
+
+
+@pytest.mark.slow
+def test_hydra_rundir_srun_in_a_batch_script_by_hand_is_one_run_that_is_requeued(
+    commands: Commands,
+) -> None:
+    typed = (*THEIRS, "strategy=ddp", "trainer.num_nodes=2", "trainer.max_epochs=2", SLOW)
+    command = shlex.join([sys.executable, "-m", "app.train", *typed])
+    job = commands.cluster.run(
+        "sbatch", "--parsable", "--requeue", "--nodes=2", "--ntasks-per-node=2",
+        f"--wrap=srun {command}", cwd=commands.cwd, env=commands.env,
+    ).stdout.strip()  # fmt: skip
+    runs = commands.cwd / "runs"
+    commands.until(lambda: any(runs.glob("slurm-*/seen/0-0")))
+    (folder,) = runs.glob("slurm-*")
+    commands.until_step(folder.name, 2)
+    commands.cluster.run("scancel", "--signal=USR1", job)
+    assert commands.cluster.wait(job, "COMPLETED", timeout_s=240)["Restarts"] == "1"
+    assert [path.name for path in runs.glob("[!.]*")] == [folder.name]
+    result = commands.result(folder.name)
+    assert (result["status"], result["batch"]["world_size"]) == ("finished", 4)
+    seen = Counter(
+        (epoch, sample) for _, epoch, samples in commands.seen(folder.name) for sample in samples
+    )
+    assert set(seen.values()) == {1}
+    assert len(seen) == 2 * 160
+
+
+def test_without_slurm_the_command_says_so(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path)  # not started
+    where = Commands(cluster, tmp_path)
+    where.env["PATH"] = os.path.dirname(sys.executable)
+    printed = where("app.train", "launch=slurm", exit_code=2)
+    assert printed == (
+        "train: launch=slurm needs SLURM, and there is no sbatch here; type launch=local with -m, "
+        "or launch=none\n"
+    )
