@@ -14,7 +14,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.types import TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from app.check import check
 from app.cli import JobsFailed, Refused
@@ -93,7 +93,7 @@ class Cluster:
     def _prepared(self, job: Job) -> Submitted:
         """A job that can be pickled. Raises Refused where it is not allowed."""
         cfg = self._batch.composed(job)
-        with open_dict(cfg.hydra):
+        with read_write(cfg.hydra), open_dict(cfg.hydra):
             cfg.hydra.runtime.output_dir = str(self._batch.folder.path / str(job.folder))
         HydraConfig.instance().set_config(cfg)
         return Submitted(
