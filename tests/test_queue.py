@@ -172,6 +172,12 @@ def test_a_job_that_fails_is_tried_again_listed_last_and_retried(tmp_path: Path)
     command("retry", "sweep", cwd=tmp_path, module="app.sweep")
     assert states_in(sweep) == ["finished"] * 3
     assert attempts_in(sweep) == [1, 3, 1]
+    typed = ("-m", "+model.number=0,1,2", "launch=local", "launch.jobs=[7]", *THEIRS)
+    refused = command(*typed, "hydra.sweep.dir=sweep", cwd=tmp_path, exit_code=2)
+    assert refused.endswith(
+        "train: launch.jobs must be numbers of the sweep's jobs, 0 to 2, got [7]; type "
+        "launch.jobs=null\n"
+    )
     shown = command("retry", "sweep", cwd=tmp_path, module="app.sweep")
     assert shown == "sweep: 3 finished; nothing to retry\n"
 
@@ -234,7 +240,11 @@ def test_the_commands_of_a_failed_trial_of_an_example_run_it_alone(tmp_path: Pat
         "sweep.num_trials=1", "model=custom", "model._target_=failing.FailsOnce",
         "+model.number=1", *THEIRS[3:], cwd=tmp_path, exit_code=1,
     )  # fmt: skip
-    *_, of_the_queue, _ = printed.splitlines()
+    of_the_queue = printed.splitlines()[-1]
+    refused = command(
+        "retry", "multirun/optuna_study", cwd=tmp_path, module="app.sweep", exit_code=2
+    )
+    assert refused.startswith("sweep: multirun/optuna_study is a study, which has learned that ")
     reported = command("multirun/optuna_study", cwd=tmp_path, module="app.report")
     (of_the_report,) = (line for line in reported.splitlines() if "python -m app.train" in line)
     (tmp_path / "failing").unlink()

@@ -28,7 +28,7 @@ from app.folder import RunFolder
 from app.report import __main__ as report_command
 from app.report.configurations import columns, configurations
 from app.report.curves import averaged, read_curves
-from app.report.numbers import Digits, duration
+from app.report.numbers import Digits, duration, shortened
 from app.report.reading import Run, read_runs
 from app.report.rerun import command, quoted
 from app.report.states import KILLED, true_state
@@ -172,6 +172,18 @@ def test_a_column_has_the_decimals_that_its_intervals_deserve() -> None:
 
 
 # rows
+
+
+def test_what_a_search_chose_is_shown_with_four_digits() -> None:
+    shown = {
+        "0.15702970884055384": "0.157",
+        "0.0029380279387035343": "0.002938",
+        "1.2345678901e-05": "1.235e-05",
+        "0.0005": "0.0005",
+        "1234567890123": "1234567890123",
+        "ema": "ema",
+    }
+    assert {value: shortened(value) for value in shown} == shown
 
 
 def test_runs_that_differ_in_seed_name_or_cache_are_one_row(tmp_path: Path) -> None:
@@ -535,6 +547,12 @@ def test_the_files_hold_the_table_the_curves_and_the_failures(
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
     assert printed.rstrip().endswith("\n".join(str(out / name) for name in names))
     assert "9 runs (8 finished, 1 failed) of 3 configurations" in printed
+    answer = (
+        "highest mean test_acc: averaging=ema, 0.955 [0.943, 0.967]; better than the baseline: "
+        "+0.0450 [+0.0326, +0.0574]"
+    )
+    for text in (printed, (out / "report.html").read_text()):
+        assert answer in text
     ema = next(line for line in printed.splitlines() if line.startswith("ema"))
     assert ema.split() == ["ema", "3", "0.955", "[0.943,", "0.967]", "0.960", "2.00", "s",
                            "+0.0450", "[+0.0326,", "+0.0574]", "3", "3", "finished"]  # fmt: skip
@@ -836,12 +854,14 @@ def test_the_page_never_scrolls_sideways_and_its_buttons_act(
             rows: [...page.querySelectorAll("tr.row")].map((row) => row.cells[1].textContent),
             open: page.querySelectorAll("#rows td.detail > div").length,
             hidden: page.querySelectorAll("#rows tr[hidden]").length,
+            hidden_sideways: Math.max(...[".scroll", ".detail > div"].map((name) =>
+                page.querySelector(name).scrollWidth - page.querySelector(name).clientWidth)),
             pictures: [...page.images].map((image) => image.naturalWidth),
             command: page.querySelector(".problem pre:last-of-type").textContent,
         };"""
     frame = in_a_frame(page, width=width, script=script, to=tmp_path / "frame.html")
     found = found_in(chromium("--dump-dom", f"file://{frame}", profile=tmp_path / "a"))
-    assert found["overflow"] == 0
+    assert found["overflow"] == found["hidden_sideways"] == 0
     assert found["orders"] == ["ascending", "descending"]
     assert found["rows"] == ["swa", "none", "ema"]
     assert (found["open"], found["hidden"]) == (3, 0)

@@ -66,7 +66,8 @@ class Batch:
         Args:
             run: is given all jobs and those to run; returns the signal that stopped it.
 
-        Raises SystemExit where the sweep was interrupted: 128 and the signal.
+        Raises Refused where a job was chosen that is not there; SystemExit where the sweep was
+        interrupted: 128 and the signal.
         """
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
@@ -76,6 +77,7 @@ class Batch:
                 job.state = "interrupted"  # and was killed with its launcher
             if job.state == "finished" and not (self.folder.path / str(job.folder)).is_dir():
                 job.state = "queued"  # somebody wants it anew
+        self._refuse_unknown(jobs)
         todo = [job for job in jobs if self._is_to_run(job)]
         progress = Progress(jobs)
         progress.say(self._announcement(jobs, todo))
@@ -92,6 +94,15 @@ class Batch:
             progress.say(summary)
         failure = JobsFailed(f"{summary}\n{self._listing(jobs, lost)}")
         return [_Lost(failure) if job in lost else _returned(job) for job in jobs]
+
+    def _refuse_unknown(self, jobs: Sequence[Job]) -> None:
+        chosen = getattr(self.settings, "jobs", None)
+        known = [job.job for job in jobs]
+        if chosen is not None and not {*chosen} <= {*known}:
+            raise Refused(
+                f"launch.jobs must be numbers of the sweep's jobs, {min(known)} to {max(known)}, "
+                f"got {chosen}; type launch.jobs=null"
+            )
 
     def _is_to_run(self, job: Job) -> bool:
         chosen = getattr(self.settings, "jobs", None)
@@ -136,7 +147,9 @@ class Batch:
                 f"    {self.folder.path / str(job.folder) / 'job.log'}",
                 f"    {self._single(job)}",
             ]
-        lines.append(f"all of them: python -m app.sweep retry {shlex.quote(str(self.folder.path))}")
+        if self.config.sweep is None:  # a study has told itself that they failed
+            folder = shlex.quote(str(self.folder.path))
+            lines.append(f"all of them: python -m app.sweep retry {folder}")
         return "\n".join(lines)
 
     def _single(self, job: Job) -> str:

@@ -101,7 +101,7 @@ class Cluster:
             typed=list(job.overrides),
             sweep=self._batch.folder.path,
             number=job.job,
-            environment=_environment(cfg),
+            environment=_environment(),
         )
 
 
@@ -120,7 +120,7 @@ def submit_run(cfg: DictConfig, typed: Sequence[str]) -> float | None:
             typed=list(typed),
             sweep=None,
             number=0,
-            environment=_environment(HydraConfig.get()),
+            environment=_environment(),
         )
         config = check(run.cfg)
     except ValueError:
@@ -342,10 +342,9 @@ def _refuse_without_slurm() -> None:
         )
 
 
-def _environment(hydra: Any) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """What `hydra.job.env_set` says."""
-    job = hydra.hydra.job if "hydra" in hydra else hydra.job
-    return {str(key): str(value) for key, value in job.env_set.items()}
+    return {str(key): str(value) for key, value in HydraConfig.get().job.env_set.items()}
 
 
 def _provenance(run: RunFolder) -> dict[str, Any]:

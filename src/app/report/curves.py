@@ -92,11 +92,9 @@ def panels(report: Report) -> list[Panel]:
 
 
 def _curves(row: Row, names: Sequence[str]) -> dict[str, list[dict[float, float]]]:
-    read = [
-        read_curves(run.folder / "metrics.csv", names)
-        for run in row.config.runs
-        if run.state == "finished"
-    ]
+    finished = [run for run in row.config.runs if run.state == "finished"]
+    by_seed = {run.folder if run.seed is None else run.seed: run for run in finished}
+    read = [read_curves(run.folder / "metrics.csv", names) for run in by_seed.values()]
     return {name: [one[name] for one in read if one[name]] for name in names}
 
 

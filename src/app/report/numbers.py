@@ -1,9 +1,12 @@
 """Numbers as text, with the same decimals in a column."""
 
 import math
+import re
 from collections.abc import Iterable
 
 from app.report.statistics import Estimate
+
+MOST_CHARACTERS = 9
 
 
 class Digits:
@@ -36,6 +39,12 @@ class Digits:
         if one is None or one.low is None:
             return "-"
         return f"[{self.of(one.low, sign=sign)}, {self.of(one.high, sign=sign)}]"
+
+
+def shortened(value: str) -> str:
+    """A value as it is typed; of a fraction with many digits, as a search chooses it, four."""
+    is_long = re.fullmatch(r"-?\d*\.\d+(e[-+]?\d+)?", value) and len(value) > MOST_CHARACTERS
+    return f"{float(value):.4g}" if is_long else value
 
 
 def duration(seconds: float | None) -> str:

@@ -3,7 +3,7 @@
 from html import escape
 
 from app.report.configurations import text
-from app.report.numbers import Digits, duration
+from app.report.numbers import Digits, duration, shortened
 from app.report.ranges import Scale
 from app.report.reading import Run
 from app.report.summary import Report, Row
@@ -60,7 +60,8 @@ def _row(
         f'aria-label="Row {row.number}: keys and runs">{row.number}</button></td>'
     ]
     cells += [
-        f'<td data-v="{escape(value)}" data-head="{escape(name)}">{escape(value)}</td>'
+        f'<td data-v="{escape(value)}" data-head="{escape(name)}" title="{escape(value)}">'
+        f"{escape(shortened(value))}</td>"
         for name, value in zip(report.columns, row.values, strict=True)
     ]
     metric = report.metric.name if report.metric else "metric"

@@ -17,6 +17,7 @@ from app.report.configurations import (
     matching,
 )
 from app.report.metric import Metric, choose_metric
+from app.report.numbers import shortened
 from app.report.reading import Found, Run
 from app.report.statistics import Estimate, estimate
 
@@ -96,9 +97,9 @@ class Report:
         return "better" if self.metric.better(row.versus.mean, 0.0) else "worse"
 
     def label(self, row: Row) -> str:
-        """A row in words: its columns as they are typed."""
+        """A row in words: its columns as they are typed, long numbers shortened."""
         pairs = zip(self.columns, row.values, strict=True)
-        shown = [f"{key}={value}" for key, value in pairs if value != NOTHING]
+        shown = [f"{key}={shortened(value)}" for key, value in pairs if value != NOTHING]
         return " ".join(shown) or "all runs"
 
 

@@ -2,7 +2,7 @@
 
 status   what became of each job
 resume   runs the jobs that are not finished, each from its last checkpoint
-retry    runs those that failed or were cancelled, and no others
+retry    runs those that failed or were cancelled, and no others; not of a study
 cancel   ends the launcher, if it runs, and drops the jobs that wait
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from app.cli import Refused
 from app.folder import RunFolder
 from app.launch.slurm_states import SLURM_JOB, refresh
+from app.study import STORAGE
 from app.sweep.folder import SweepFolder, job_event, quoted
 from app.sweep.journal import NAME, Sweep
 from app.sweep.progress import counts, table
@@ -76,6 +77,11 @@ def retry(folder: SweepFolder, sweep: Sweep) -> None:
     """Run those that failed or were cancelled."""
     if folder.holder() is not None:
         raise Refused(folder.held_message())
+    if (folder.path / STORAGE).exists():
+        raise Refused(
+            f"{folder.path} is a study, which has learned that its trials failed; type its command "
+            "with a larger sweep.num_trials for others, or that of python -m app.report for one"
+        )
     lost = [job for job in sweep.jobs.values() if job.state in ("failed", "cancelled")]
     if not lost:
         print(f"{folder.path}: {counts(list(sweep.jobs.values()))}; nothing to retry")
