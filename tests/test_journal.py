@@ -144,7 +144,11 @@ def test_the_unfinished_sweep_of_the_same_definition_goes_on_unless_anew_or_held
     sweep = same.journal.read()
     assert sweep is not None
     sweep.jobs[1].state = "cancelled"
-    same.note(sweep.jobs[1])  # so that nothing is left to do
+    same.note(sweep.jobs[1])  # so that nothing is left to do, of which nobody was told
+    untold, _ = claim(sweeping(STAMPED, "seed=1,2"))
+    assert untold.path == held.path
+    untold.note_end()
+    untold.release()
     assert claim(sweeping(STAMPED, "seed=1,2"))[0].path != held.path
 
 

@@ -130,6 +130,7 @@ def test_killed_with_9_at_any_moment_the_same_command_runs_what_is_missing_to_eq
     printed = command(*SEEDS, *LOCAL, cwd=tmp_path)  # while the killed one's jobs end
     assert f"continuing {sweep.relative_to(tmp_path)}: " in printed
     assert f"; {num_missing} to run (resume=never starts a sweep anew)" in printed
+    launcher.communicate(timeout=30)
     wait_until(lambda: not processes_of(launcher.pid))
     assert only_sweep(tmp_path) == sweep
     assert states_in(sweep) == ["finished"] * 4
@@ -328,4 +329,6 @@ def test_one_run_on_a_queue_is_refused_and_a_queue_without_settings_too(tmp_path
         "launch=none\n"
     )
     printed = command("-m", "seed=1,2", "hydra/launcher=queue", cwd=tmp_path, exit_code=2)
-    assert printed == ("train: hydra/launcher=queue has no settings; type launch=local instead\n")
+    assert printed == (
+        "train: hydra/launcher=queue has no settings; type launch=local or launch=slurm instead\n"
+    )

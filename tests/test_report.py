@@ -211,6 +211,17 @@ def test_only_what_tells_rows_apart_is_a_column_and_a_preset_is_one(tmp_path: Pa
     assert "averaging=none" in labels
 
 
+def test_a_key_that_follows_from_a_typed_one_is_no_column(tmp_path: Path) -> None:
+    for number, size in enumerate((16, 64)):
+        write_run(
+            tmp_path / str(number),
+            typed=[f"data.batch_size={size}"],
+            accumulate={"_target_": "app.accumulate.Effective", "micro_batch_size": size},
+            data={"_target_": "theirs.Data", "batch_size": size},
+        )
+    assert summary(tmp_path).columns == ["data.batch_size"]
+
+
 def test_a_class_that_is_no_preset_keeps_its_name_and_values_read_as_typed(tmp_path: Path) -> None:
     theirs = {"_target_": "theirs.LitModel", "sizes": [1, 2], "bias": True}
     write_run(tmp_path / "0", model=theirs)

@@ -105,8 +105,13 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
         print(f"{config_name}: {explain(refusal)}", file=sys.stderr)
     for failure in failed:
         print(f"{config_name}: {failure}", file=sys.stderr)
-    if refused or failed:
-        sys.exit(1 if failed else 2)
+    exit_code = 1 if failed else 2 if refused else 0
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from app.launch.local import leave
+
+        leave(exit_code)  # torch's threads can abort a rank that ends in the usual way
+    if exit_code:
+        sys.exit(exit_code)
 
 
 def named_after_job(arguments: list[str]) -> list[str]:

@@ -49,8 +49,8 @@ class DataParallel(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._share = share_of(trainer)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if isinstance(trainer.model, DistributedDataParallel):
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(trainer.model, DistributedDataParallel):  # no gradient is restored yet
             settle_buckets(trainer.model, pl_module)
 
     def on_train_batch_start(

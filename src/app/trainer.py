@@ -40,6 +40,14 @@ def switch_off_inherited_hooks(callback: pl.Callback) -> None:
             setattr(callback, hook, None)
 
 
+class _Alone(LightningEnvironment):
+    """A process that no other one looks for: its port is one that is free when it is taken."""
+
+    @property
+    def main_port(self) -> int:
+        return 0
+
+
 class Trainer(pl.Trainer):
     """Lightning's Trainer; its `estimated_stepping_batches` knows accumulation schedules.
 
@@ -103,15 +111,16 @@ class Trainer(pl.Trainer):
             raise ValueError(
                 "precision=fp16 needs a GPU, and there is none here; use precision=bf16"
             )
-        plugins: list[Any] = [checkpoint_io]
         on: int | list[int] = devices
+        is_one_of_several = started_elsewhere()
         if strategy == "auto":
             num_nodes, on = 1, 1
-            plugins.append(LightningEnvironment())
-            if started_elsewhere() and accelerator != "cpu" and torch.cuda.is_available():
+            if is_one_of_several and accelerator != "cpu" and torch.cuda.is_available():
                 on = [int(os.environ["LOCAL_RANK"])]
-        elif started_elsewhere():
-            plugins.append(TorchElasticEnvironment())  # SLURM's would requeue by itself
+        # not Lightning's for SLURM, which would requeue by itself
+        joins = is_one_of_several and strategy != "auto"
+        environment = TorchElasticEnvironment() if joins else _Alone()
+        plugins: list[Any] = [checkpoint_io, environment]
         super().__init__(
             max_epochs=-1 if max_epochs is None else max_epochs,
             max_steps=-1 if max_steps is None else max_steps,

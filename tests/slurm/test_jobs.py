@@ -9,13 +9,15 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cluster import Cluster
+from cluster import Cluster, why_not
+
+pytestmark = pytest.mark.slurm
 
 THEIRS = ("optimizer=none", "model=custom", "model._target_=noting.LitModel", "data=custom",
           "data._target_=noting.LitData", "trainer.accelerator=cpu", "logger=csv", "test=none",
@@ -88,6 +90,15 @@ class Commands:
             return any(line and int(line.split()[0]) >= step for file in noted for line in file)
 
         self.until(has_begun)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if reason := why_not():
+        pytest.skip(reason)
+    cluster = Cluster.start(tmp_path_factory.mktemp("slurm"))
+    yield cluster
+    cluster.stop()
 
 
 @pytest.fixture

@@ -43,7 +43,11 @@ class Batch:
 
     def __init__(self, *, loader: ConfigLoader, task: TaskFunction, config: DictConfig) -> None:
         if OmegaConf.select(config, "launch") is None:
-            raise Refused("hydra/launcher has no settings; type launch=local or launch=slurm")
+            chosen = config.hydra.runtime.choices["hydra/launcher"]
+            raise Refused(
+                f"hydra/launcher={chosen} has no settings; type launch=local or launch=slurm "
+                "instead"
+            )
         try:
             self.settings: Any = OmegaConf.to_object(config.launch)
         except ValueError as error:
@@ -92,6 +96,7 @@ class Batch:
         summary = f"{self.folder.path}: {counts(jobs)}"
         if not lost:
             progress.say(summary)
+        self.folder.note_end()
         failure = JobsFailed(f"{summary}\n{self._listing(jobs, lost)}")
         return [_Lost(failure) if job in lost else _returned(job) for job in jobs]
 

@@ -4,7 +4,6 @@ They speak through the key-value store of the rendezvous, which is there before 
 is, and which no thread or device waits in.
 """
 
-import atexit
 import io
 import os
 import socket
@@ -20,6 +19,9 @@ from app.cli import Refused
 from app.folder import what_decides, write_atomically
 
 T = TypeVar("T")
+
+_SERVERS: list[Any] = []
+"""Of rank 0: what the others reach, and torch's stores at the same port share."""
 
 PATIENCE = timedelta(days=7)
 """How long a rank waits for the first one, which may search or read data; a launcher ends it where
@@ -131,28 +133,34 @@ def ranks() -> Ranks:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    _name_slurm_tasks()
+    place = _name_slurm_tasks()
     store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    if place is not None and rank == 0:
+        place.unlink()  # all have come
     return Ranks(rank=rank, size=size, store=PrefixStore("app", store))
 
 
-def _name_slurm_tasks() -> None:
+def _name_slurm_tasks() -> Path | None:
     """Let torch's rendezvous, and Lightning, find tasks that srun started.
 
-    Rank 0 chooses a free port, and tells it in a file where the job was started: a port made from
-    the job's number may be taken.
+    Rank 0 listens at a free port, and tells it in a file where the job was started: a port made
+    from the job's number may be taken. Returns that file; None where something else started the
+    ranks.
     """
     if "RANK" in os.environ:
-        return
+        return None
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
     rank, size = os.environ["SLURM_PROCID"], os.environ["SLURM_STEP_NUM_TASKS"]
     step = [os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")]
     place = Path(os.environ.get("SUBMITIT_FOLDER", ".")) / f".meeting-{'-'.join(step)}"
     if rank == "0":
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        write_atomically(place, f"{os.environ.get('MASTER_ADDR') or _address()} {port}")
-        atexit.register(place.unlink, missing_ok=True)
+        address = os.environ.get("MASTER_ADDR") or _address()
+        _SERVERS.append(
+            TCPStore(address, 0, int(size), True, PATIENCE, wait_for_workers=False,
+                     multi_tenant=True)
+        )  # fmt: skip
+        write_atomically(place, f"{address} {_SERVERS[0].port}")
     while not place.exists():
         os.scandir(place.parent).close()  # a shared file system looks again
         time.sleep(0.1)
@@ -166,6 +174,7 @@ def _name_slurm_tasks() -> None:
         "MASTER_ADDR": address,
         "MASTER_PORT": port_text,
     }
+    return place
 
 
 def _address() -> str:

@@ -59,10 +59,8 @@ def slurm_job() -> str | None:
 
 def _requeued(job: str, number: signal.Signals, limit: int | None) -> bool:
     """Whether SLURM runs the job again because it was asked."""
-    if job_state(job) not in (
-        "RUNNING",
-        "SIGNALING",
-    ):  # SLURM ends it: cancelled, out of time, or requeued by somebody
+    if job_state(job) not in ("RUNNING", "SIGNALING"):
+        # SLURM ends it: cancelled, out of time, or requeued by somebody
         return False
     restarts = int(os.environ.get(RESTARTS, "0"))
     if limit is not None and restarts >= limit:

@@ -33,8 +33,10 @@ FILES = "slurm"
 """The folder of what submitit writes: the script, the pickled jobs, what tasks print."""
 
 POLL_S = 1.0
+"""How often the results of jobs are looked for."""
+
 ASK_S = 5.0
-"""How often the results of jobs are looked for, and SLURM is asked for their states."""
+"""How often SLURM is asked for the states of jobs."""
 
 
 class Cluster:
@@ -109,7 +111,7 @@ def submit_run(cfg: DictConfig, typed: Sequence[str]) -> float | None:
     """Submit one run; its objective, where it is waited for and has one.
 
     Raises:
-        Refused: where it is not allowed, is already in the hands of SLURM, or there is no SLURM.
+        Refused: where it is not allowed, or there is no SLURM here.
         JobsFailed: where it was waited for, and failed.
     """
     folder = RunFolder(Path(cfg.run_dir))
@@ -196,7 +198,7 @@ def submit(jobs: Sequence[Submitted], *, settings: Any, folder: Path) -> list[st
             run = RunFolder(member.folder)
             run.path.mkdir(parents=True, exist_ok=True)
             if (run.read_result() or {}).get(SLURM_JOB) != one.job_id:  # or it has begun
-                run.write_result({**content, **_provenance(run)})
+                run.write_result({**content, **_earlier(run)})
     return [ids[id(job)] for job in jobs]
 
 
@@ -347,7 +349,7 @@ def _environment() -> dict[str, str]:
     return {str(key): str(value) for key, value in HydraConfig.get().job.env_set.items()}
 
 
-def _provenance(run: RunFolder) -> dict[str, Any]:
+def _earlier(run: RunFolder) -> dict[str, Any]:
     """What an earlier attempt had come to, which is not lost while the next one waits."""
     before = run.read_result() or {}
     return {key: before[key] for key in ("metrics", "checkpoints") if key in before}

@@ -1,5 +1,6 @@
 """What a task of a submitted job does: one rank of one run. Needs no torch until it trains."""
 
+import atexit
 import os
 import pickle
 import signal
@@ -17,6 +18,7 @@ from app.folder import ENDED, RunFolder
 from app.launch.asked import asked
 from app.launch.failures import HEAD_START_S, Failure, failure_of, first_of
 from app.launch.job import LOG, write_to
+from app.launch.local import leave
 from app.launch.requeue import RESTARTS, requeued_or_told
 from app.sweep.folder import SweepFolder
 from app.sweep.journal import Job
@@ -51,7 +53,10 @@ class Submitted:
         """Train; the objective. Raises what the run raises: SLURM is told by the exit code."""
         with asked.listening():
             try:
-                return self._run()
+                value = self._run()
+                # torch's threads can abort a process that ends in the usual way
+                atexit.register(leave, 0)
+                return value
             except SystemExit:
                 requeued_or_told(self.cfg)  # where the run was not there yet to heed a signal
                 raise

@@ -93,10 +93,19 @@ def columns(configs: Sequence[Configuration]) -> list[str]:
     """The dotted keys in which configurations differ, as few as tell them apart.
 
     A group of which another preset is chosen is one column; its keys are others only where they
-    differ between configurations of the same preset.
+    differ between configurations of the same preset. A key that nobody typed, and that has another
+    one's values everywhere, follows from it.
     """
     tops = dict.fromkeys(name for config in configs for name in config.tree)
-    return [column for top in tops for column in _differing(top, configs)]
+    differing = [column for top in tops for column in _differing(top, configs)]
+    words = {word for config in configs for run in config.runs for word in run.typed}
+    typed = {word.lstrip("+~").partition("=")[0] for word in words}
+    values = {column: [config.node(column) for config in configs] for column in differing}
+    found: list[str] = []
+    for column in sorted(differing, key=lambda column: column not in typed):
+        if column in typed or all(values[column] != values[other] for other in found):
+            found.append(column)
+    return sorted(found, key=differing.index)
 
 
 def _differing(path: str, configs: Sequence[Configuration]) -> list[str]:

@@ -161,6 +161,10 @@ class SweepFolder:
         """Write the state of a job, and what else is named."""
         self.journal.write([job_event(job, "state", *names)])
 
+    def note_end(self) -> None:
+        """Write that the launcher has told what the sweep came to."""
+        self.journal.write([{"event": "end"}])
+
 
 def job_event(job: Job, *names: str) -> dict[str, Any]:
     """The event that says of a job what is named."""
@@ -214,7 +218,9 @@ def _held_unfinished(pattern: str, definition: Mapping[str, Any]) -> SweepFolder
 
 
 def _is_unfinished(sweep: Sweep | None, definition: Mapping[str, Any]) -> bool:
-    return sweep is not None and sweep.hash == hash_of(definition) and bool(sweep.unfinished())
+    if sweep is None or sweep.hash != hash_of(definition):
+        return False
+    return not sweep.has_ended or bool(sweep.unfinished())
 
 
 def _new(path: Path) -> SweepFolder:

@@ -1,9 +1,9 @@
 """What became of each job of a sweep: `journal.jsonl`, a line per event, of which later ones win.
 
-Events are `{"event": "sweep", command, cwd, definition, hash, jobs, time}` and `{"event": "job",
-job, overrides, folder, state, attempt, device, seconds, error, value, time}`, where a job's event
-says only what it changes. Several processes may write: a line is one write under a lock. Needs no
-torch.
+Events are `{"event": "sweep", command, cwd, definition, hash, jobs, time}`, `{"event": "job", job,
+overrides, folder, state, attempt, device, seconds, error, value, time}`, where a job's event says
+only what it changes, and `{"event": "end", time}`, where the launcher has told what it came to.
+Several processes may write: a line is one write under a lock. Needs no torch.
 """
 
 import fcntl
@@ -50,6 +50,7 @@ class Sweep:
     Attributes:
         command: words, as typed.
         definition: what decides which jobs there are.
+        has_ended: whether its last launcher came to its end.
     """
 
     command: list[str]
@@ -57,6 +58,7 @@ class Sweep:
     definition: dict[str, Any]
     hash: str
     jobs: dict[int, Job]
+    has_ended: bool
 
     def unfinished(self) -> list[Job]:
         """The jobs that a resumed sweep runs."""
@@ -92,10 +94,13 @@ class Journal:
         if not self.path.exists():
             return None
         sweep: dict[str, Any] | None = None
+        has_ended = False
         jobs: dict[int, dict[str, Any]] = {}
         for event in self.events():
             if event["event"] == "sweep":
-                sweep = event
+                sweep, has_ended = event, False
+            elif event["event"] == "end":
+                has_ended = True
             else:
                 before = jobs.get(event["job"], {})
                 before.pop("error", None)  # of an earlier attempt
@@ -112,6 +117,7 @@ class Journal:
                 number: Job(**{name: event[name] for name in names if name in event})
                 for number, event in sorted(jobs.items())
             },
+            has_ended=has_ended,
         )
 
     def events(self) -> list[dict[str, Any]]:
