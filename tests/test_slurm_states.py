@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from app.launch.slurm_states import SLURM_JOB, UNKNOWN, state_of
+from app.launch.slurm_states import GONE, SLURM_JOB, UNKNOWN, state_of
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,8 @@ from app.launch.slurm_states import SLURM_JOB, UNKNOWN, state_of
         ("running", None, "running"),
         ("running", UNKNOWN, "interrupted"),
         ("failed", UNKNOWN, "failed"),
+        ("running", GONE, "interrupted"),
+        ("failed", GONE, "failed"),
     ],
 )
 def test_the_state_is_the_runs_word_where_it_is_final_and_slurms_before(
@@ -47,3 +49,10 @@ def test_a_new_job_may_be_unknown_to_accounting_for_a_while() -> None:
     assert state_of(result, UNKNOWN) == (
         "interrupted", "SLURM knows nothing of job 7 any more"
     )  # fmt: skip
+
+
+def test_without_accounting_a_new_job_of_an_array_is_gone_where_it_was_cancelled_waiting() -> None:
+    result = {"status": "queued", SLURM_JOB: "7_3", "submitted_at": time.time()}
+    assert state_of(result, GONE) == ("cancelled", "job 7_3 was cancelled")
+    result["submitted_at"] = time.time() - 1000
+    assert state_of(result, GONE)[0] == "interrupted"

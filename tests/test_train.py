@@ -137,15 +137,23 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
         pass
 
 
+def _work_long(has_begun: Any) -> None:
+    has_begun.set()
+    time.sleep(60)
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_a_folder_is_free_when_its_process_is_killed_though_its_workers_live_on(
     tmp_path: Path,
 ) -> None:
     folder = RunFolder(tmp_path / "run")
     with folder.locked():
-        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        context = multiprocessing.get_context("fork")
+        has_begun = context.Event()
+        worker = context.Process(target=_work_long, args=(has_begun,))
         worker.start()
         assert folder.is_held()
+        assert has_begun.wait(60)
     assert worker.is_alive()
     assert not folder.is_held()
     worker.kill()

@@ -30,6 +30,9 @@ class StartMethod(str, Enum):
     spawn = "spawn"
 
 
+SLURM_LOOKS_EVERY_S = 30
+"""How often it compares the time that jobs have run with their limits (`PERIODIC_TIMEOUT`)."""
+
 # what to do with the jobs that wait when one has failed for the last time; `continue` is a keyword
 OnFail = Enum("OnFail", {"continue": "continue", "stop": "stop"}, type=str)
 
@@ -95,7 +98,7 @@ class Slurm:
     """Jobs of a sweep that run at the same time, >= 1."""
     signal_s: int = MISSING
     """Seconds before the time limit at which a run saves and is requeued, >= 1: more than a step
-    and a checkpoint take. SLURM may signal a minute earlier."""
+    and a checkpoint take. SLURM signals up to half a minute earlier."""
     max_requeues: int = MISSING
     """How often a job may be run again, by a time-out, a pre-emption or a dead machine, >= 0; then
     it fails. A run goes on from there with the same command."""
@@ -121,11 +124,12 @@ class Slurm:
             "type launch.max_requeues=0",
         )
         require(
-            self.signal_s < 60 * self.timeout_min,
+            self.signal_s < 60 * self.timeout_min - SLURM_LOOKS_EVERY_S,
             "launch.signal_s",
-            f"be < launch.timeout_min={self.timeout_min} in seconds",
+            f"be < {60 * self.timeout_min - SLURM_LOOKS_EVERY_S}, launch.timeout_min="
+            f"{self.timeout_min} in seconds less the {SLURM_LOOKS_EVERY_S} between SLURM's looks",
             self.signal_s,
-            f"type launch.signal_s={30 * self.timeout_min}",
+            f"type launch.signal_s={20 * self.timeout_min}",
         )
 
 

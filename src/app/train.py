@@ -17,7 +17,7 @@ from app.imports import importing
 from app.launch import is_slurm
 from app.launch.asked import asked
 from app.launch.ranks import ranks, started_elsewhere
-from app.launch.requeue import requeued_or_told
+from app.launch.requeue import heeding
 from app.launch.start import placed, run_ranks
 from app.tuner.answers import recalled
 from app.tuner.keys import startable, with_overrides
@@ -78,7 +78,13 @@ def run(cfg: DictConfig, *, typed: Sequence[str]) -> dict[str, Any] | None:
     Raises:
         Refused: where the configuration is not allowed, or its folder holds another run.
         RankFailed: where one of several processes failed.
+        SystemExit: where it was asked to stop: 128 and the signal.
     """
+    with heeding(cfg):
+        return _run(cfg, list(typed))
+
+
+def _run(cfg: DictConfig, typed: list[str]) -> dict[str, Any] | None:
     try:
         check(startable(cfg))
         if cfg.launch is not None and not is_slurm(cfg.launch):
@@ -106,8 +112,8 @@ def run(cfg: DictConfig, *, typed: Sequence[str]) -> dict[str, Any] | None:
                 print(f"{folder.path} is {status}; see {folder.result_path}")
             return dict(found["result"])
         if started_elsewhere() or config["trainer"]["devices"] == 1:
-            return work(cfg, found["tuned"], list(typed))
-        result: dict[str, Any] | None = run_ranks(work, cfg, found["tuned"], list(typed))
+            return work(cfg, found["tuned"], typed)
+        result: dict[str, Any] | None = run_ranks(work, cfg, found["tuned"], typed)
         return result
 
 
@@ -132,17 +138,12 @@ def work(
     cfg: DictConfig, tuned: Mapping[str, Any] | None, typed: list[str]
 ) -> dict[str, Any] | None:
     """What each rank does: search, if that has not been done, then fit and test."""
-    with asked.listening():
+    with heeding(cfg):
         try:
             return search_and_train(cfg, tuned, typed)
-        except (KeyboardInterrupt, SystemExit, RuntimeError) as stop:
+        except BaseException:
             if asked.first is None:
                 ranks().tell_failure()
-                raise
-            requeued_or_told(cfg)
-            raise SystemExit(asked.exit_code) from stop
-        except Exception:
-            ranks().tell_failure()
             raise
 
 

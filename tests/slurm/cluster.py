@@ -84,23 +84,6 @@ PartitionName=low Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace_
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
 
-SACCT = """\
-#!/bin/sh
-# Stands in for a cluster's accounting (slurmdbd), for the one question that submitit asks:
-#   sacct -o JobID,State,NodeList --parsable2 [-j ID]...
-# An array's id stands for all its jobs. Unknown ids are left out, states that only squeue has too.
-ids=
-while [ $# -gt 0 ]; do
-    case $1 in -j) ids="$ids,$2,"; shift ;; esac
-    shift
-done
-echo 'JobID|State|NodeList'
-squeue --states=all --noheader --array --format='%i|%T|%N' |
-    sed -E 's/[|](SIGNALING|CONFIGURING)[|]/|RUNNING|/' |
-    awk -F '|' -v ids="$ids" '{ split($1, id, "_") }
-        ids == "" || index(ids, "," $1 ",") || index(ids, "," id[1] ",")'
-"""
-
 
 def why_not() -> str | None:
     """Why there can be no cluster on this machine; None where there can be one."""
@@ -124,10 +107,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
-        self.environment = {
-            "SLURM_CONF": f"{self.folder}/slurm.conf",
-            "PATH": f"{self.folder}/bin{os.pathsep}{os.environ['PATH']}",
-        }
+        self.environment = {"SLURM_CONF": f"{self.folder}/slurm.conf"}
 
     @classmethod
     def start(
@@ -146,9 +126,7 @@ class Cluster:
         if self._hosts("controller").exists():
             self.stop()
             shutil.rmtree(self.folder)
-        (self.folder / "bin").mkdir(parents=True)
-        (self.folder / "bin/sacct").write_text(SACCT)
-        (self.folder / "bin/sacct").chmod(0o755)
+        self.folder.mkdir(parents=True, exist_ok=True)
         for host in HOSTS:
             self._hosts(host).write_text(f"127.0.0.1 localhost {' '.join(HOSTS)}\n")
         key = self.folder / "munge.key"
@@ -311,7 +289,6 @@ def main() -> None:
             cluster.stop()
         case "env":
             print(f"export SLURM_CONF={shlex.quote(cluster.environment['SLURM_CONF'])}")
-            print(f"export PATH={shlex.quote(str(cluster.folder / 'bin'))}:$PATH")
         case "status":
             print(cluster.run("sinfo", "--Node", "--long").stdout, end="")
             print(cluster.run("squeue").stdout, end="")

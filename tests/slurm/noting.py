@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class LitModel(pl.LightningModule):
-    """Dropout draws other numbers on each rank; `step_s` seconds of waiting make a step longer.
+    """Dropout draws other numbers on each rank; `step_s` seconds of waiting make a step longer, or
+    as many as a file `pace` in the run's folder says.
 
     With `fails_on`, that rank raises in its third step, once the others are in it.
     """
@@ -23,8 +24,12 @@ class LitModel(pl.LightningModule):
         self.step_s = step_s
         self.fails_on = fails_on
 
+    def wait(self) -> None:
+        pace = Path(self.trainer.default_root_dir) / "pace"
+        time.sleep(float(pace.read_text()) if pace.exists() else self.step_s)
+
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        time.sleep(self.step_s)
+        self.wait()
         if self.global_rank == self.fails_on and batch_idx == 3:
             raise LookupError("the data are gone")
         x, index = batch
@@ -32,7 +37,7 @@ class LitModel(pl.LightningModule):
         return self.net(x).square().mean()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        time.sleep(self.step_s)
+        self.wait()
         self.log("val_loss", self.net(batch[0]).square().mean(), sync_dist=True)
 
     def note(self, line: str) -> None:

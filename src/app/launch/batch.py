@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from app.cli import JobsFailed, Refused, TaskOfCommand
 from app.launch import is_slurm
 from app.launch.composing import Composer
+from app.launch.slurm_states import refresh
 from app.sweep.folder import alone, claim, command, config_dirs, of_one_run, quoted
 from app.sweep.journal import DONE, Job
 from app.sweep.progress import Progress, counts, first_line, labels
@@ -83,6 +84,7 @@ class Batch:
                 job.state = "queued"  # somebody wants it anew
         self._refuse_unknown(jobs)
         todo = [job for job in jobs if self._is_to_run(job)]
+        refresh(self.folder.path, todo)
         progress = Progress(jobs)
         progress.say(self._announcement(jobs, todo))
         stopped_by = run(jobs, todo, progress) if todo else None

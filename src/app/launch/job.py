@@ -20,10 +20,11 @@ from omegaconf import DictConfig
 
 from app.cli import REFUSALS, VERSION_BASE, RankFailed, explain, is_of_the_user
 from app.folder import ENDED, RunFolder
+from app.launch.asked import HEEDED
 from app.launch.local import GRACE_S, end_in_time, leave
 
 LOG = "job.log"
-INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+INTERRUPTED = tuple(128 + number for number in (signal.SIGINT, *HEEDED))
 JOB_GRACE_S = 2 * GRACE_S
 """How long a job may take to end after SIGTERM: its own ranks have GRACE_S."""
 

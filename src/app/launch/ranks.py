@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from app.cli import Refused
 from app.folder import what_decides, write_atomically
+from app.imports import importing
 
 T = TypeVar("T")
 
@@ -127,16 +128,17 @@ class Ranks:
 
 @cache
 def ranks() -> Ranks:
-    """The processes this one belongs to: meets the others at the first call."""
+    """The processes this one belongs to: meets the others at the first call, uninterrupted."""
     if not started_elsewhere():
         return Ranks(rank=0, size=1, store=None)
-    from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
+    with importing():
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
 
-    place = _name_slurm_tasks()
-    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
-    if place is not None and rank == 0:
-        place.unlink()  # all have come
+        place = _name_slurm_tasks()
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+        if place is not None and rank == 0:
+            place.unlink()  # all have come
     return Ranks(rank=rank, size=size, store=PrefixStore("app", store))
 
 

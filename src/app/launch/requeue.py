@@ -6,14 +6,15 @@ Needs no torch.
 import os
 import signal
 import subprocess
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from omegaconf import DictConfig
 
 from app.cli import Refused
 from app.launch import is_slurm
 from app.launch.asked import asked
-from app.launch.ranks import ranks
+from app.launch.ranks import Ranks, ranks
 
 RESTARTS = "SLURM_RESTART_COUNT"
 
@@ -21,10 +22,26 @@ ENDED_WITHIN_S = 60.0
 """How soon SLURM ends the processes of a job that it will run again."""
 
 
+@contextmanager
+def heeding(cfg: DictConfig) -> Iterator[None]:
+    """Listen to signals that ask to stop; where one ends the block, settle what becomes of the run.
+
+    Raises SystemExit then: 128 and the signal.
+    """
+    with asked.listening():
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, RuntimeError) as stop:
+            if asked.first is None:
+                raise
+            requeued_or_told(cfg)
+            raise SystemExit(asked.exit_code) from stop
+
+
 def requeued_or_told(cfg: DictConfig) -> None:
     """Let SLURM run this process's job again, or tell how to go on: once. All ranks call it.
 
-    Does not come back where the job runs again: SLURM ends its processes.
+    Comes back, where the job runs again, when SLURM ends its processes.
 
     Raises Refused where the job has run as often as `launch.max_requeues` allows.
     """
@@ -33,19 +50,27 @@ def requeued_or_told(cfg: DictConfig) -> None:
         return
     asked.is_heeded = True
     everyone = ranks()
-    is_requeued = False
     job = slurm_job()
-    if job is not None and number != signal.SIGINT:
-        # where a rank fails, its launcher asks the others to stop: no reason to run it again
-        limit = cfg.launch.max_requeues if is_slurm(cfg.launch) else None
-        is_requeued = everyone.first(
-            lambda: not everyone.has_failed() and _requeued(job, number, limit)
-        )
-    if is_requeued:
-        time.sleep(ENDED_WITHIN_S)  # an exit code would be that of the job
-    elif everyone.is_first:
+    # Ctrl-C is somebody who is there
+    if job is not None and number != signal.SIGINT and _ran_again(job, number, cfg, everyone):
+        return
+    if everyone.is_first:
         ends = "" if job is None else f"; SLURM ends job {job} ({number.name})"
         print(f"\ninterrupted{ends}; to go on type the same with name={cfg.name}", flush=True)
+
+
+def _ran_again(job: str, number: signal.Signals, cfg: DictConfig, everyone: Ranks) -> bool:
+    """Whether SLURM runs the job again; comes back, then, when it ends this process."""
+    limit = cfg.launch.max_requeues if is_slurm(cfg.launch) else None
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # where a rank fails, its launcher asks the others to stop: no reason to run it again
+    is_requeued = everyone.first(
+        lambda: not everyone.has_failed() and _requeued(job, number, limit)
+    )
+    if is_requeued:
+        signal.sigtimedwait({signal.SIGTERM}, ENDED_WITHIN_S)  # an earlier end would be the job's
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return is_requeued
 
 
 def slurm_job() -> str | None:

@@ -20,7 +20,7 @@ from app.check import check
 from app.cli import JobsFailed, Refused
 from app.folder import ENDED, RunFolder
 from app.launch import SINGLE
-from app.launch.batch import Batch
+from app.launch.batch import LOST, Batch
 from app.launch.job import LOG
 from app.launch.slurm_states import SLURM_JOB, refresh, state_of, states
 from app.launch.start import of_hydra
@@ -72,8 +72,7 @@ class Cluster:
     ) -> signal.Signals | None:
         top, settings = self._batch.folder, self._batch.settings
         runs = {job.job: self._prepared(job) for job in todo}  # before the first is submitted
-        refresh(top.path, todo)
-        new = [job for job in todo if job.state not in ("queued", "running") or not job.attempt]
+        new = [job for job in todo if job.state in LOST or not job.attempt]
         ids = submit([runs[job.job] for job in new], settings=settings, folder=top.path / FILES)
         for job in new:
             job.state, job.error, job.attempt = "queued", None, job.attempt + 1
@@ -103,6 +102,7 @@ class Cluster:
             typed=list(job.overrides),
             sweep=self._batch.folder.path,
             number=job.job,
+            attempt=job.attempt + 1,
             environment=_environment(),
         )
 
@@ -122,6 +122,7 @@ def submit_run(cfg: DictConfig, typed: Sequence[str]) -> float | None:
             typed=list(typed),
             sweep=None,
             number=0,
+            attempt=1,
             environment=_environment(),
         )
         config = check(run.cfg)

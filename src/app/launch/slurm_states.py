@@ -15,8 +15,14 @@ SLURM_JOB = "slurm_job"
 WAITS = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SUSPENDED",
          "CONFIGURING", "PREEMPTED", "RESIZING")  # fmt: skip
 UNKNOWN = "UNKNOWN"
-ACCOUNTING_LAG_S = 120.0
-"""How long SLURM's accounting may take to know of a new job."""
+"""Of a job that SLURM's accounting does not know: yet, or any more."""
+
+GONE = "GONE"
+"""Of a job that a cluster without accounting has forgotten."""
+
+NEW_S = 120.0
+"""How long accounting may take to know of a new job. Without it, no job that has begun is forgotten
+so soon: `MinJobAge` of slurm.conf is 300 s."""
 
 RUNS = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED")
 
@@ -38,13 +44,13 @@ def state_of(result: Mapping[str, Any], said: str | None) -> tuple[str, str | No
         return "running", None
     if status == "failed":
         return status, error
-    if said == UNKNOWN:
-        is_new = time.time() - result.get("submitted_at", 0.0) < ACCOUNTING_LAG_S
-        if status in ("queued", "running") and not is_new:
+    is_new = time.time() - result.get("submitted_at", 0.0) < NEW_S
+    if said == "CANCELLED" or (said == GONE and is_new and status == "queued"):
+        return "cancelled", f"job {result.get(SLURM_JOB)} was cancelled"
+    if said in (UNKNOWN, GONE):
+        if status in ("queued", "running") and not (said == UNKNOWN and is_new):
             return "interrupted", f"SLURM knows nothing of job {result.get(SLURM_JOB)} any more"
         return status, error
-    if said == "CANCELLED":
-        return "cancelled", f"job {result.get(SLURM_JOB)} was cancelled"
     if said == "COMPLETED":
         return "interrupted", f"job {result.get(SLURM_JOB)} ended without a result"
     if said is not None:
@@ -66,23 +72,24 @@ def refresh(top: Path, jobs: Iterable[Job]) -> None:
 
 
 def states(jobs: Sequence[str]) -> dict[str, str]:
-    """What SLURM says of each job: UNKNOWN of some that it has forgotten; empty where it does not
-    answer."""
+    """What SLURM says of each job, UNKNOWN or GONE of some; empty where it does not answer."""
     if not jobs:
         return {}
     from submitit.slurm.slurm import SlurmInfoWatcher
 
     arrays = sorted({job.partition("_")[0] for job in jobs})
     asked = [word for array in arrays for word in ("-j", array)]
+    missing = UNKNOWN
     text = _answer("sacct", "-o", "JobID,State,NodeList", "--parsable2", *asked)
-    if text is None:  # a cluster without accounting, whose jobs are forgotten after some minutes
+    if text is None:  # no accounting
+        missing = GONE
         lines = _answer("squeue", "--states=all", "-h", "-r", "-o", "%i|%T|%N")
         text = None if lines is None else f"JobID|State|NodeList\n{lines}"
     if text is None:
         return {}
     found = SlurmInfoWatcher().read_info(text)
     said = {job: found[job]["State"].split()[0].rstrip("+") for job in jobs if job in found}
-    return {job: said.get(job, UNKNOWN) for job in jobs}
+    return {job: said.get(job, missing) for job in jobs}
 
 
 def _answer(*command: str) -> str | None:

@@ -35,6 +35,7 @@ class Submitted:
         typed: what to note in overrides.yaml.
         sweep: folder of the sweep that it is a job of; None where it is of none.
         number: of that job.
+        attempt: how often the job was submitted, with this time; SLURM may run it again.
         environment: variables to set.
     """
 
@@ -42,6 +43,7 @@ class Submitted:
     typed: list[str]
     sweep: Path | None
     number: int
+    attempt: int
     environment: Mapping[str, str]
 
     @property
@@ -69,7 +71,7 @@ class Submitted:
             write_to(self.folder / LOG)
             for path in self._failures.glob("*"):
                 path.unlink()  # of an earlier attempt
-            self._note("running", "attempt", "device", attempt=restarts + 1)
+            self._note("running", "attempt", "device", attempt=self.attempt + restarts)
         try:
             if restarts > self.cfg.launch.max_requeues:
                 raise Refused(
