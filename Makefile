@@ -3,6 +3,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 ARGS ?=
+# one more than cores: the tests on a cluster, which come first, mostly wait
+WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 .PHONY: train test lint clean
 
@@ -10,7 +12,7 @@ train: $(READY)
 	$(PYTHON) -m app.train $(ARGS)
 
 test: $(READY) lint
-	$(PYTHON) -m pytest -n auto --dist loadfile -m "not gpu" $(ARGS)
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu" $(ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,7 @@
 """A user's model whose ranks note in files which samples every micro-batch was made of."""
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,18 @@ class LitModel(pl.LightningModule):
     """Dropout draws other numbers on each rank; `step_s` seconds of waiting make a step longer, or
     as many as a file `pace` in the run's folder says.
 
-    With `fails_on`, that rank raises in its third step, once the others are in it.
+    With `fails_on`, that rank raises in its third step, once the others are in it; with `killed` it
+    is ended there, as the system does for want of memory.
     """
 
-    def __init__(self, step_s: float = 0.0, fails_on: int | None = None) -> None:
+    def __init__(
+        self, step_s: float = 0.0, fails_on: int | None = None, killed: bool = False
+    ) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
         self.step_s = step_s
         self.fails_on = fails_on
+        self.killed = killed
 
     def wait(self) -> None:
         pace = Path(self.trainer.default_root_dir) / "pace"
@@ -31,6 +36,8 @@ class LitModel(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         self.wait()
         if self.global_rank == self.fails_on and batch_idx == 3:
+            if self.killed:
+                os.kill(os.getpid(), signal.SIGKILL)
             raise LookupError("the data are gone")
         x, index = batch
         self.note(f"{self.global_step} {self.current_epoch} {' '.join(map(str, index.tolist()))}\n")

@@ -190,6 +190,15 @@ def test_slurm_completed_a_failed_rank_is_failed_everywhere_with_its_traceback(
     assert printed.endswith("job.log\n")
 
 
+def test_a_rank_that_is_killed_fails_the_job_and_is_named(commands: Commands) -> None:
+    typed = (*THEIRS, *TWO_BY_TWO, "+model.fails_on=3", "+model.killed=true")
+    job = commands.submit("killed", *typed)
+    assert commands.cluster.wait(job, "FAILED", timeout_s=120)["Restarts"] == "0"
+    result = commands.result("killed")
+    assert (result["status"], result["rank"]) == ("failed", 3)
+    assert result["error"] == "rank 3 was ended from outside"
+
+
 def test_slurm_blocks_twenty_jobs_are_submitted_at_once_and_reported_as_they_are(
     commands: Commands,
 ) -> None:

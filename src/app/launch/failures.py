@@ -5,10 +5,10 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.cli import REFUSALS, explain, is_of_the_user
+from app.cli import REFUSALS, RankFailed, explain, is_of_the_user
 
 LOST_PEER = ("by peer", "broken pipe", "connection refused", "connection was closed", "nccl",
-             "gloo", "remote process")  # fmt: skip
+             "gloo", "remote process", "ended from outside")  # fmt: skip
 """What torch says, in lower case, on a rank that fails because another one is gone."""
 
 HEAD_START_S = 1.0
@@ -42,6 +42,16 @@ def failure_of(error: BaseException, rank: int) -> Failure:
         is_of_a_lost_peer=isinstance(error, RuntimeError)
         and any(words in text.lower() for words in LOST_PEER),
     )
+
+
+def ended_from_outside(rank: int) -> RankFailed:
+    """What to say of a rank that has said nothing."""
+    error = f"rank {rank} was ended from outside"
+    details = (
+        f"{error}; was memory short? The other ranks were ended. To go on from the last checkpoint "
+        "type the same command with the same name="
+    )
+    return RankFailed(rank=rank, error=error, details=details)
 
 
 def first_of(failures: Sequence[Failure]) -> Failure:

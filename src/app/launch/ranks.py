@@ -114,6 +114,19 @@ class Ranks:
         """Whether a rank has said that it fails."""
         return self._store is not None and bool(self._store.check(["failed"]))
 
+    def absent(self, within_s: float) -> list[int]:
+        """On rank 0: the ranks that do not call this too in time. All call it, and once."""
+        if self._store is None:
+            return []
+        self._store.set(f"here/{self.rank}", "")
+        end = time.monotonic() + within_s
+        while self.is_first:
+            missing = [n for n in range(self.size) if not self._store.check([f"here/{n}"])]
+            if not missing or time.monotonic() > end:
+                return missing
+            time.sleep(0.1)
+        return []
+
     def _tell(self, key: str, content: Mapping[str, Any]) -> None:
         assert self._store is not None
         self._store.set(key, _dumped(content))

@@ -14,9 +14,13 @@ from omegaconf import DictConfig
 from app.cli import Refused
 from app.launch import is_slurm
 from app.launch.asked import asked
+from app.launch.failures import ended_from_outside
 from app.launch.ranks import Ranks, ranks
 
 RESTARTS = "SLURM_RESTART_COUNT"
+
+COME_WITHIN_S = 5.0
+"""How much later than rank 0 another one may leave: less than SLURM's KillWait, 30 s by default."""
 
 ENDED_WITHIN_S = 60.0
 """How soon SLURM ends the processes of a job that it will run again."""
@@ -43,7 +47,9 @@ def requeued_or_told(cfg: DictConfig) -> None:
 
     Comes back, where the job runs again, when SLURM ends its processes.
 
-    Raises Refused where the job has run as often as `launch.max_requeues` allows.
+    Raises:
+        Refused: where the job has run as often as `launch.max_requeues` allows.
+        RankFailed: where a rank was ended from outside, because of which the others were asked.
     """
     number = asked.first
     if number is None or asked.is_heeded:
@@ -64,9 +70,14 @@ def _ran_again(job: str, number: signal.Signals, cfg: DictConfig, everyone: Rank
     limit = cfg.launch.max_requeues if is_slurm(cfg.launch) else None
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     # where a rank fails, its launcher asks the others to stop: no reason to run it again
-    is_requeued = everyone.first(
-        lambda: not everyone.has_failed() and _requeued(job, number, limit)
-    )
+    absent = everyone.absent(COME_WITHIN_S if number == signal.SIGTERM else 0.0)
+
+    def requeued() -> bool:
+        if number == signal.SIGTERM and absent:
+            raise ended_from_outside(absent[0])
+        return not everyone.has_failed() and _requeued(job, number, limit)
+
+    is_requeued = everyone.first(requeued)
     if is_requeued:
         signal.sigtimedwait({signal.SIGTERM}, ENDED_WITHIN_S)  # an earlier end would be the job's
     signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from app.cli import Refused
 from app.folder import ENDED, RunFolder
 from app.launch.asked import asked
-from app.launch.failures import HEAD_START_S, Failure, failure_of, first_of
+from app.launch.failures import HEAD_START_S, Failure, ended_from_outside, failure_of, first_of
 from app.launch.job import LOG, write_to
 from app.launch.local import leave
 from app.launch.requeue import RESTARTS, requeued_or_told
@@ -113,16 +113,27 @@ class Submitted:
             time.sleep(HEAD_START_S)
         found = [pickle.loads(path.read_bytes()) for path in self._failures.glob("[0-9]*")]
         first: Failure = first_of(found)
-        if first.exit_code is not None and first.exit_code > 128 and rank == 0:
+        is_of_its_own = first.exit_code is None and not first.is_of_a_lost_peer
+        silent = {*range(_num_tasks())} - {failure.rank for failure in found}
+        if silent and not is_of_its_own and any(failure.is_of_a_lost_peer for failure in found):
+            self._note_failure(min(silent), ended_from_outside(min(silent)).error)
+        elif first.exit_code is None:
+            self._note_failure(first.rank, first.error)
+        elif first.exit_code > 128 and rank == 0:
             name = signal.Signals(first.exit_code - 128).name
             self._note("interrupted", "error", error=f"asked to stop by {name}")
-        elif first.exit_code is None and rank in (0, first.rank):
-            run = RunFolder(self.folder)
-            result = run.read_result() or {}
-            if result.get("status") not in ENDED:
-                result |= {"status": "failed", "error": first.error, "rank": first.rank}
-                run.write_result(result)
-                self._note("failed", "error", error=first.error)
+
+    def _note_failure(self, rank: int, error: str) -> None:
+        """Keep which rank failed first, as far as this one knows: the last to leave knows best."""
+        run = RunFolder(self.folder)
+        result = run.read_result() or {}
+        told = {"status": "failed", "error": error, "rank": rank}
+        if result.get("status") in ENDED or told.items() <= result.items():
+            return
+        if rank != 0:
+            result.pop("where", None)  # of rank 0, which may only have lost its peer
+        run.write_result({**result, **told})
+        self._note("failed", "error", error=error)
 
     def _note(self, state: str, *names: str, **values: Any) -> None:
         """Tell the sweep's journal."""
@@ -131,3 +142,7 @@ class Submitted:
         job = Job(job=self.number, overrides=self.typed, state=state, **values)
         job.device = os.environ.get("SLURM_JOB_NODELIST")
         SweepFolder(self.sweep).note(job, *names)
+
+
+def _num_tasks() -> int:
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
