@@ -21,6 +21,9 @@ from app.resume import ExactResume, ResumableLoader
 SHARE_OF_TIME = 0.01
 """Of a training step, which the ranks may spend on asking each other."""
 
+RECENT = 0.1
+"""Weight of the latest question in the mean of what one costs."""
+
 MOST_S = 0.5
 """How long a signal may wait for the ranks to ask each other, where steps are short."""
 
@@ -117,7 +120,7 @@ class _Agreement:
         self._num_calls = 0
         self._ask_at = 1
         self._pause = 1
-        self._least_cost_s = math.inf
+        self._cost_s = 0.0
         self._began = time.perf_counter()
 
     def greatest(self, number: int) -> int:
@@ -129,9 +132,9 @@ class _Agreement:
         told = torch.tensor([number, self._pause])
         distributed.all_reduce(told, distributed.ReduceOp.MAX, group=self._group)
         end = time.perf_counter()
-        self._least_cost_s = min(self._least_cost_s, end - start)
+        self._cost_s += RECENT * (end - start - self._cost_s)
         between_s = (start - self._began) / self._num_calls
-        wanted = math.ceil(self._least_cost_s / (SHARE_OF_TIME * between_s))
+        wanted = math.ceil(self._cost_s / (SHARE_OF_TIME * between_s))
         self._pause = max(1, min(wanted, int(MOST_S / between_s)))
         self._num_calls, self._began, self._ask_at = 0, end, int(told[1])
         return int(told[0])
