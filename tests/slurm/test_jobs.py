@@ -6,6 +6,8 @@ Left out: GPUs, and file systems over a network: both nodes are this machine.
 import json
 import os
 import shlex
+import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -258,29 +260,84 @@ def test_a_job_that_is_requeued_too_often_fails_and_says_what_to_type(commands: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "tasks", "num_nodes", "number"),
+    [
+        (f"srun {sys.executable}", 2, 2, "USR1"),
+        # torchrun itself dies of USR1
+        (f"srun {sys.executable} -m torch.distributed.run --nproc-per-node=2", 1, 1, "TERM"),
+    ],
+    ids=["srun", "torchrun"],
+)
 def test_hydra_rundir_srun_in_a_batch_script_by_hand_is_one_run_that_is_requeued(
-    commands: Commands,
+    commands: Commands, launcher: str, tasks: int, num_nodes: int, number: str
 ) -> None:
-    typed = (*THEIRS, "strategy=ddp", "trainer.num_nodes=2", "trainer.max_epochs=2", SLOW)
-    command = shlex.join([sys.executable, "-m", "app.train", *typed])
+    typed = (*THEIRS, "strategy=ddp", f"trainer.num_nodes={num_nodes}", "trainer.max_epochs=2",
+             SLOW)  # fmt: skip
     job = commands.cluster.run(
-        "sbatch", "--parsable", "--requeue", "--nodes=2", "--ntasks-per-node=2",
-        f"--wrap=srun {command}", cwd=commands.cwd, env=commands.env,
+        "sbatch", "--parsable", "--requeue", f"--nodes={num_nodes}", f"--ntasks-per-node={tasks}",
+        f"--wrap={launcher} -m app.train {shlex.join(typed)}", cwd=commands.cwd, env=commands.env,
     ).stdout.strip()  # fmt: skip
     runs = commands.cwd / "runs"
     commands.until(lambda: any(runs.glob("slurm-*/seen/0-0")))
     (folder,) = runs.glob("slurm-*")
     commands.until_step(folder.name, 2)
-    commands.cluster.run("scancel", "--signal=USR1", job)
+    commands.cluster.run("scancel", f"--signal={number}", job)
     assert commands.cluster.wait(job, "COMPLETED", timeout_s=240)["Restarts"] == "1"
     assert [path.name for path in runs.glob("[!.]*")] == [folder.name]
     result = commands.result(folder.name)
-    assert (result["status"], result["batch"]["world_size"]) == ("finished", 4)
+    assert (result["status"], result["batch"]["world_size"]) == ("finished", 2 * num_nodes)
     seen = Counter(
         (epoch, sample) for _, epoch, samples in commands.seen(folder.name) for sample in samples
     )
     assert set(seen.values()) == {1}
     assert len(seen) == 2 * 160
+
+
+def test_a_client_that_dies_or_is_interrupted_leaves_its_job_or_asks(commands: Commands) -> None:
+    cluster = commands.cluster
+    typed = ("-m", "app.train", "launch=slurm", "name=mine", *THEIRS, "+model.step_s=1",
+             "trainer.max_epochs=9", "launch.mem_gb=1", "launch.cpus_per_task=2",
+             "launch.setup=['export OMP_NUM_THREADS=2']",
+             "+launch.options.comment=mine")  # fmt: skip
+    env = {**os.environ, **cluster.environment, **commands.env}
+
+    def client(*more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, *typed, *more], cwd=commands.cwd, env=env, text=True,
+            stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    keyboard, terminal = os.openpty()
+    first = client()
+    commands.until((commands.cwd / "runs/mine/result.json").exists)
+    job = commands.result("mine")["slurm_job"]
+    info = cluster.wait(job, "RUNNING")
+    assert (info["Comment"], info["CPUs/Task"], info["MinMemoryNode"]) == ("mine", "2", "1G")
+    (script,) = commands.cwd.glob("runs/mine/slurm/*_submission.sh")
+    assert "\nexport OMP_NUM_THREADS=2\n" in script.read_text()
+    commands.until_step("mine", 1)
+    first.kill()
+    first.communicate()
+    assert cluster.job(job)["JobState"] == "RUNNING"
+    for more, answer, state in (
+        (["launch.on_interrupt=leave"], "", "RUNNING"),
+        ([], "n\n", "RUNNING"),
+        ([], "y\n", "CANCELLED"),
+    ):
+        again = client(*more)
+        assert again.stdout is not None
+        assert again.stdout.readline().endswith("runs/mine: running\n")
+        time.sleep(1)
+        again.send_signal(signal.SIGINT)
+        os.write(keyboard, answer.encode())
+        printed, _ = again.communicate(timeout=30)
+        assert again.returncode == 128 + signal.SIGINT
+        cluster.wait(job, state)
+        assert ("cancelled" if state == "CANCELLED" else f"scancel {job}") in printed
+    assert commands.state("mine") == "cancelled"
+    os.close(keyboard)
+    os.close(terminal)
 
 
 def test_without_slurm_the_command_says_so(tmp_path: Path) -> None:
