@@ -20,6 +20,7 @@ from app.checkpoint import CheckpointFiles
 from app.cli import Refused
 from app.folder import RunFolder, config_hash
 from app.train import train
+from app.trainer import Trainer
 
 HERE = Path(__file__).parent
 
@@ -97,6 +98,22 @@ def test_a_failed_run_says_what_and_where_and_the_next_one_goes_on(
     assert result["error"] == "OSError: the disk is gone"
     assert "test_train.py" in result["where"]
     assert trained()["epochs"] == 2
+
+
+def test_a_run_that_was_cut_in_its_test_is_tested_and_tells_of_its_fit(
+    trained: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_cut(*args: Any, **kwargs: Any) -> None:
+        raise SystemExit(143)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "test", is_cut)
+        with pytest.raises(SystemExit):
+            trained()
+    result = trained()
+    assert result["status"] == "finished"
+    assert result["batch"]["effective_batch"] == 16
+    assert "test_loss" in result["metrics"]
 
 
 def test_the_config_moves_with_its_folder(

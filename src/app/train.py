@@ -176,6 +176,7 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
         from app.progress import StartTable
         from app.record import Record, draw_curves
     is_first = ranks().is_first
+    before = folder.read_result() or {}
     record = Record(config, folder, writes=is_first)
     with record.kept():
         with record.phase("build"):
@@ -197,7 +198,7 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
             "metrics": run.metrics(),
             "optimizer_steps": run.trainer.global_step,
             "epochs": run.trainer.current_epoch,
-            "batch": start.batch,
+            "batch": start.batch or before.get("batch", {}),  # no step was left to make
             "checkpoints": run.checkpoints(),
         }
         is_pruned = any(callback.has_pruned for callback in pruning)
