@@ -181,6 +181,17 @@ def test_a_process_alone_needs_no_store() -> None:
     assert alone.gathered("value") == ["value"]
 
 
+def test_ranks_that_leave_do_not_wait_for_one_that_waits_for_them() -> None:
+    store = torch.distributed.HashStore()
+    first, second = (Ranks(rank=rank, size=2, store=store) for rank in range(2))
+    second.come()
+    assert second.absent(0.0) == [0]
+    assert second.one(lambda: "requeued", patience_s=0.1) == "requeued"
+    first.come()
+    assert first.absent(0.0) == []
+    assert first.one(lambda: "too late", patience_s=0.1) == "requeued"
+
+
 @pytest.mark.parametrize(
     ("environment", "elsewhere"),
     [

@@ -21,13 +21,14 @@ class Asked:
     Attributes:
         first: the first of them; None before.
         is_heeded: whether what becomes of the run was settled.
+        is_fitting: whether signals are only noted, and all ranks leave after the same step.
     """
 
     def __init__(self) -> None:
         self.first: signal.Signals | None = None
         self.is_heeded = False
         self._on_first: Callable[[], None] | None = None
-        self._is_fitting = False
+        self.is_fitting = False
         self._is_listening = False
 
     @property
@@ -43,7 +44,7 @@ class Asked:
             yield
             return
         self.first, self._on_first = None, None
-        self.is_heeded = self._is_fitting = False
+        self.is_heeded = self.is_fitting = False
         is_main = threading.current_thread() is threading.main_thread()
         before = [(n, signal.getsignal(n)) for n in (*HEEDED, signal.SIGINT)] if is_main else []
         self.listen()
@@ -63,13 +64,13 @@ class Asked:
 
     def hold(self, on_first: Callable[[], None]) -> None:
         """From here on a signal is only noted, and `on_first` called at the first."""
-        self._is_fitting, self._on_first = True, on_first
+        self.is_fitting, self._on_first = True, on_first
         if self.first is not None:
             on_first()
 
     def release(self) -> None:
         """A signal ends the process at once again. Raises SystemExit where one came before."""
-        self._is_fitting, self._on_first = False, None
+        self.is_fitting, self._on_first = False, None
         if self.first is not None:
             raise SystemExit(self.exit_code)
 
@@ -82,7 +83,7 @@ class Asked:
         self.note(number)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self._is_fitting:
+        if not self.is_fitting:
             raise SystemExit(self.exit_code)
         if is_first and self._on_first is not None:
             self._on_first()

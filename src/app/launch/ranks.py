@@ -67,21 +67,24 @@ class Ranks:
             return function()
         key = f"told/{self._num_told}"
         self._num_told += 1
+        return self._telling(key, function) if self.is_first else self._told(key)
+
+    def one(self, function: Callable[[], T], *, patience_s: float) -> T:
+        """As `first`, but for ranks that leave: once, and from wherever each of them is.
+
+        Where rank 0 does not come, since it waits for a rank that has left, another one calls
+        `function`.
+
+        Args:
+            patience_s: how long that other one waits for rank 0.
+        """
+        if self._store is None:
+            return function()
         if not self.is_first:
-            told = _loaded(self._store.get(key))  # type: ignore[union-attr]
-            self._forget(key)
-            if "exit_code" in told:
-                raise SystemExit(told["exit_code"])
-            value: T = told["value"]
-            return value
-        try:
-            value = function()
-        except BaseException as error:
-            exit_code = 2 if isinstance(error, Refused) else 1
-            self._tell(key, {"exit_code": exit_code})
-            raise
-        self._tell(key, {"value": value})
-        return value
+            with suppress(RuntimeError):  # it has not come
+                self._store.wait(["one"], timedelta(seconds=patience_s))
+        decides = self._store.add("one/asked", 1) == 1
+        return self._telling("one", function) if decides else self._told("one")
 
     def gathered(self, value: T) -> list[T]:
         """The values of all ranks, in their order, on every rank: tensors and plain values."""
@@ -114,18 +117,37 @@ class Ranks:
         """Whether a rank has said that it fails."""
         return self._store is not None and bool(self._store.check(["failed"]))
 
+    def come(self) -> None:
+        """Let the others know that this rank leaves."""
+        if self._store is not None:
+            self._store.set(f"here/{self.rank}", "")
+
     def absent(self, within_s: float) -> list[int]:
-        """On rank 0: the ranks that do not call this too in time. All call it, and once."""
-        if self._store is None:
-            return []
-        self._store.set(f"here/{self.rank}", "")
+        """The ranks that do not `come` in time."""
         end = time.monotonic() + within_s
-        while self.is_first:
+        while self._store is not None:
             missing = [n for n in range(self.size) if not self._store.check([f"here/{n}"])]
             if not missing or time.monotonic() > end:
                 return missing
             time.sleep(0.1)
         return []
+
+    def _telling(self, key: str, function: Callable[[], T]) -> T:
+        try:
+            value = function()
+        except BaseException as error:
+            exit_code = 2 if isinstance(error, Refused) else 1
+            self._tell(key, {"exit_code": exit_code})
+            raise
+        self._tell(key, {"value": value})
+        return value
+
+    def _told(self, key: str) -> Any:
+        told = _loaded(self._store.get(key))  # type: ignore[union-attr]
+        self._forget(key)
+        if "exit_code" in told:
+            raise SystemExit(told["exit_code"])
+        return told["value"]
 
     def _tell(self, key: str, content: Mapping[str, Any]) -> None:
         assert self._store is not None

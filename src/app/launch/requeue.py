@@ -20,7 +20,7 @@ from app.launch.ranks import Ranks, ranks
 RESTARTS = "SLURM_RESTART_COUNT"
 
 COME_WITHIN_S = 5.0
-"""How much later than rank 0 another one may leave: less than SLURM's KillWait, 30 s by default."""
+"""How much later than the others a rank may leave: less than SLURM's KillWait, 30 s by default."""
 
 ENDED_WITHIN_S = 60.0
 """How soon SLURM ends the processes of a job that it will run again."""
@@ -69,15 +69,17 @@ def _ran_again(job: str, number: signal.Signals, cfg: DictConfig, everyone: Rank
     """Whether SLURM runs the job again; comes back, then, when it ends this process."""
     limit = cfg.launch.max_requeues if is_slurm(cfg.launch) else None
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    # where a rank fails, its launcher asks the others to stop: no reason to run it again
-    absent = everyone.absent(COME_WITHIN_S if number == signal.SIGTERM else 0.0)
+    everyone.come()
 
     def requeued() -> bool:
-        if number == signal.SIGTERM and absent:
-            raise ended_from_outside(absent[0])
+        # where a rank fails, its launcher asks the others to stop: no reason to run it again
+        if number == signal.SIGTERM and asked.is_fitting:  # else one may wait for this one
+            absent = everyone.absent(COME_WITHIN_S)
+            if absent:
+                raise ended_from_outside(absent[0])
         return not everyone.has_failed() and _requeued(job, number, limit)
 
-    is_requeued = everyone.first(requeued)
+    is_requeued = everyone.one(requeued, patience_s=COME_WITHIN_S)
     if is_requeued:
         signal.sigtimedwait({signal.SIGTERM}, ENDED_WITHIN_S)  # an earlier end would be the job's
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
