@@ -18,12 +18,13 @@ from theirs import LitData, LitModel, TwoOptimizers
 from app.build import build
 from app.check import check
 from app.cli import Refused
+from app.launch.asked import asked
 from app.tuner.answers import cache_key, read_tuned
 from app.tuner.batch_size import longest_first
 from app.tuner.find import find, num_samples
 from app.tuner.keys import startable, with_overrides
 from app.tuner.lr import range_test
-from app.tuner.probe import is_out_of_memory
+from app.tuner.probe import is_out_of_memory, throwaway
 
 THEIRS = ("model=custom", "model._target_=theirs.LitModel", "data=custom",
           "data._target_=theirs.LitData", "optimizer=none", "trainer.max_epochs=2", "logger=csv",
@@ -504,3 +505,21 @@ def test_ctrl_c_leaves_the_answer_so_far(tmp_path: Path) -> None:
     assert "tuner: interrupted; so far data.batch_size=" in rest
     # the signal may come between the line and the search's own note of that trial
     assert read_tuned(tmp_path / "runs/a/tuned_so_far.yaml")["data.batch_size"] >= 8
+
+
+class NotesHandler(Callback):
+    """Notes who is called at SIGTERM while a fit trains."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+
+def test_a_finder_is_stopped_by_our_handler_not_by_one_that_waits_for_other_ranks(
+    checked: Callable[..., Any],
+) -> None:
+    notes = NotesHandler()
+    with asked.listening():
+        ours = signal.getsignal(signal.SIGTERM)
+        run = throwaway(checked(*SMALL), num_steps=1, validates=False, callbacks=[notes])
+        run.trainer.fit(run.model, datamodule=run.data)
+    assert notes.handler == ours

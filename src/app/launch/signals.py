@@ -28,7 +28,20 @@ MOST_S = 0.5
 """How long a signal may wait for the ranks to ask each other, where steps are short."""
 
 
-class StopsOnSignal(pl.Callback):
+class Listens(pl.Callback):
+    """Takes the signals back from Lightning, whose handler of SIGTERM waits for the other ranks."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        asked.listen()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        asked.listen()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        asked.listen()
+
+
+class StopsOnSignal(Listens):
     """Saves a fit that was asked to stop, and leaves it, between two optimizer steps.
 
     A signal in a validation, or before one that is due, is heeded after a batch of it; the
@@ -45,7 +58,7 @@ class StopsOnSignal(pl.Callback):
         for loaders in (trainer.train_dataloader, trainer.val_dataloaders):
             for loader in CombinedLoader(loaders).flattened if loaders is not None else ():
                 _let_workers_end_with_parent(loader)
-        asked.listen()
+        super().on_train_start(trainer, pl_module)
         self._agreement = _Agreement() if trainer.world_size > 1 else None
         if self._agreement is None:
             self._sleep()
@@ -66,6 +79,7 @@ class StopsOnSignal(pl.Callback):
             self._leave(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
         self._num_val_batches = 0
         if self._agreement is not None and trainer.state.fn == "fit":
             num_batches = sum(trainer.num_val_batches)
@@ -83,9 +97,6 @@ class StopsOnSignal(pl.Callback):
                 if isinstance(callback, ExactResume):
                     callback.repeats_validation = True
             self._leave(trainer)
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        asked.listen()
 
     def _is_agreed(self) -> bool:
         if self._agreement is None:

@@ -10,6 +10,7 @@ import torch
 
 from app.build import Run, build
 from app.launch import DDP, SINGLE
+from app.launch.signals import Listens
 from app.tuner.keys import shares
 
 OUT_OF_MEMORY = (
@@ -69,7 +70,7 @@ def throwaway(
             "num_sanity_val_steps": 0,
         },
     }
-    return build(changed, callbacks)
+    return build(changed, [*callbacks, Listens()])
 
 
 def alone(config: Mapping[str, Any]) -> dict[str, Any]:
