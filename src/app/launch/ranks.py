@@ -33,7 +33,12 @@ def started_elsewhere() -> bool:
     """Whether torchrun, srun or `run_local` started this process as one of several. No torch."""
     if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
         return int(os.environ["WORLD_SIZE"]) > 1
-    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    return num_slurm_tasks() > 1
+
+
+def num_slurm_tasks() -> int:
+    """Of the step of SLURM that this process is one of; 1 where it is of none."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
 
 
 class Ranks:

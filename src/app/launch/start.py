@@ -13,7 +13,7 @@ from app.cli import RankFailed, Refused
 from app.folder import RunFolder
 from app.imports import importing
 from app.launch import SINGLE
-from app.launch.ranks import ranks, started_elsewhere
+from app.launch.ranks import num_slurm_tasks, ranks, started_elsewhere
 from app.tuner.keys import with_overrides
 
 
@@ -85,7 +85,7 @@ def _devices(cfg: DictConfig) -> int:
     asked = cfg.trainer.devices
     if started_elsewhere():
         started = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
-        started = started or int(os.environ["SLURM_STEP_NUM_TASKS"]) // cfg.trainer.num_nodes
+        started = started or num_slurm_tasks() // cfg.trainer.num_nodes
         if asked not in ("auto", started):
             raise Refused(
                 f"trainer.devices must be {started}, the processes that were started on this "

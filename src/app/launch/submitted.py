@@ -19,6 +19,7 @@ from app.launch.asked import asked
 from app.launch.failures import HEAD_START_S, Failure, ended_from_outside, failure_of, first_of
 from app.launch.job import LOG, write_to
 from app.launch.local import leave
+from app.launch.ranks import num_slurm_tasks
 from app.launch.requeue import RESTARTS, requeued_or_told
 from app.sweep.folder import SweepFolder
 from app.sweep.journal import Job
@@ -114,7 +115,7 @@ class Submitted:
         found = [pickle.loads(path.read_bytes()) for path in self._failures.glob("[0-9]*")]
         first: Failure = first_of(found)
         is_of_its_own = first.exit_code is None and not first.is_of_a_lost_peer
-        silent = {*range(_num_tasks())} - {failure.rank for failure in found}
+        silent = {*range(num_slurm_tasks())} - {failure.rank for failure in found}
         if silent and not is_of_its_own and any(failure.is_of_a_lost_peer for failure in found):
             self._note_failure(min(silent), ended_from_outside(min(silent)).error)
         elif first.exit_code is None:
@@ -142,7 +143,3 @@ class Submitted:
         job = Job(job=self.number, overrides=self.typed, state=state, **values)
         job.device = os.environ.get("SLURM_JOB_NODELIST")
         SweepFolder(self.sweep).note(job, *names)
-
-
-def _num_tasks() -> int:
-    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
