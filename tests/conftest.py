@@ -1,5 +1,6 @@
-"""Composed, checked configurations and runs of a few steps, for every test file."""
+"""Composed, checked configurations, runs of a few steps and waiting, for every test file."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,14 @@ SMALL = ("model.channels=4", "trainer.max_epochs=2", "trainer.limit_train_batche
          "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "callbacks.progress=null",
          "logger=csv", "data.batch_size=16", "trainer.accelerator=cpu")  # fmt: skip
 """A run of the default model that takes a tenth of a second."""
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float = 120) -> None:
+    """Wait for what takes a moment on an idle machine; the time-out ends a hang."""
+    end = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @pytest.fixture(autouse=True)

@@ -41,7 +41,7 @@ def test_events_of_four_writers_at_once_are_all_there_and_whole(tmp_path: Path) 
         subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(number)])
         for number in range(4)
     ]
-    assert [writer.wait(timeout=60) for writer in writers] == [0] * 4
+    assert [writer.wait(timeout=120) for writer in writers] == [0] * 4
     events = Journal(tmp_path).events()
     assert len(events) == 400
     for writer in range(4):

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_processes import checkpoint, command, environment, processes_of, wait_until
+from conftest import wait_until
+from test_processes import checkpoint, command, environment, processes_of
 
 from app.folder import RunFolder
 from app.sweep.journal import Job, Journal
@@ -130,7 +131,7 @@ def test_killed_with_9_at_any_moment_the_same_command_runs_what_is_missing_to_eq
     printed = command(*SEEDS, *LOCAL, cwd=tmp_path)  # while the killed one's jobs end
     assert f"continuing {sweep.relative_to(tmp_path)}: " in printed
     assert f"; {num_missing} to run (resume=never starts a sweep anew)" in printed
-    launcher.communicate(timeout=30)
+    launcher.communicate(timeout=120)
     wait_until(lambda: not processes_of(launcher.pid))
     assert only_sweep(tmp_path) == sweep
     assert states_in(sweep) == ["finished"] * 4
@@ -192,7 +193,7 @@ def test_ctrl_c_ends_the_jobs_as_interrupted_runs_that_resume_and_can_be_cancell
     trained = lambda job: (only_sweep(tmp_path) / job / "checkpoints/last.ckpt").exists()  # noqa: E731
     wait_until(lambda: has_sweep(tmp_path, lambda _: trained("0") and trained("1")))
     os.killpg(launcher.pid, signal.SIGINT)
-    printed, _ = launcher.communicate(timeout=60)
+    printed, _ = launcher.communicate(timeout=120)
     sweep = only_sweep(tmp_path)
     assert launcher.returncode == 128 + signal.SIGINT, printed
     assert "interrupted: 2 interrupted, 1 queued; to go on type the same command, or " in printed
@@ -210,7 +211,7 @@ def test_ctrl_c_ends_the_jobs_as_interrupted_runs_that_resume_and_can_be_cancell
     assert f"is being run by process {resumed.pid} on" in refused
     shown = command("cancel", str(sweep), cwd=tmp_path, module="app.sweep")
     assert shown.endswith("3 cancelled\n")
-    resumed.communicate(timeout=60)
+    resumed.communicate(timeout=120)
     assert resumed.returncode == 128 + signal.SIGTERM
     wait_until(lambda: not processes_of(resumed.pid))
     shown = command("resume", str(sweep), cwd=tmp_path, module="app.sweep")
@@ -224,7 +225,7 @@ def test_ctrl_c_while_the_first_job_waits_for_its_process_leaves_a_sweep_that_go
     launcher = start(tmp_path, *SEEDS, *LOCAL)
     wait_until(lambda: has_sweep(tmp_path, lambda sweep: "running" in states_in(sweep)))
     os.killpg(launcher.pid, signal.SIGINT)
-    printed, _ = launcher.communicate(timeout=60)
+    printed, _ = launcher.communicate(timeout=120)
     assert launcher.returncode == 128 + signal.SIGINT
     assert "Traceback" not in printed
     assert "; to go on type the same command, or python -m app.sweep resume multirun/" in printed
@@ -264,7 +265,7 @@ def test_two_launchers_of_one_second_run_two_sweeps(tmp_path: Path) -> None:
              "hydra.sweep.dir='multirun/${now:%Y}/now'")  # fmt: skip
     launchers = [start(tmp_path, *typed) for _ in range(2)]
     for launcher in launchers:
-        printed, _ = launcher.communicate(timeout=60)
+        printed, _ = launcher.communicate(timeout=120)
         assert launcher.returncode == 0, printed
     sweeps = sorted(path.parent for path in tmp_path.glob("multirun/*/*/journal.jsonl"))
     assert [sweep.name for sweep in sweeps] == ["now", "now-1"]

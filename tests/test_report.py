@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import SMALL
+from conftest import SMALL, wait_until
 from hydra import compose, initialize_config_module
 from matplotlib.image import imread
 
@@ -359,7 +358,7 @@ def held(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        process.communicate("\n", timeout=30)
+        process.communicate("\n", timeout=120)
 
 
 def test_a_run_that_says_running_is_interrupted_where_nobody_holds_its_folder(
@@ -671,7 +670,7 @@ def test_a_report_imports_neither_torch_nor_lightning(tmp_path: Path) -> None:
         f"main([{str(tmp_path)!r}]); print({{'torch', 'lightning'}} & sys.modules.keys())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.endswith("set()\n")
 
@@ -679,50 +678,22 @@ def test_a_report_imports_neither_torch_nor_lightning(tmp_path: Path) -> None:
 # real runs
 
 
-@pytest.fixture(scope="session")
-def real_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two seeds with and without averaging, trained."""
-    top = tmp_path_factory.mktemp("real")
-    number = 0
+def test_real_runs_make_the_rows_that_their_command_says(tmp_path: Path) -> None:
     for seed in (1, 2):
         for averaging in ("none", "ema"):
             typed = [f"seed={seed}", f"averaging={averaging}", *SMALL]
+            name = f"{averaging}-{seed}"
             with initialize_config_module("app.conf", version_base="1.3"):
-                cfg = compose("train", [*typed, f"name={number}", f"run_dir={top}/{number}"])
+                cfg = compose("train", [*typed, f"name={name}", f"run_dir={tmp_path}/{name}"])
             train_run(cfg, typed=typed)
-            number += 1
-    return top
-
-
-def test_real_runs_make_the_rows_that_their_command_says(real_sweep: Path, tmp_path: Path) -> None:
-    report = summary(real_sweep, "averaging=none")
+    report = summary(tmp_path, "averaging=none")
     assert report.columns == ["averaging"]
     assert {row.values for row in report.rows} == {("none",), ("ema",)}
     assert report.metric is not None
     assert (report.metric.name, report.metric.lower_is_better) == ("test_loss", True)
     assert all(row.mean is not None and row.mean.n == 2 for row in report.rows)
-    assert report_command.main([str(real_sweep), "--out", str(tmp_path)]) == 0
+    assert report_command.main([str(tmp_path)]) == 0
     assert (tmp_path / "report-val_loss.png").exists()
-
-
-@pytest.mark.slow
-def test_a_thousand_runs_take_less_than_10_s(real_sweep: Path, tmp_path: Path) -> None:
-    config = (real_sweep / "0/config.yaml").read_text()
-    for number in range(1000):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        changed = config.replace("seed: 1\n", f"seed: {number % 5}\n")
-        changed = changed.replace("lr: 0.2\n", f"lr: {number // 5}.5\n")
-        (folder / "config.yaml").write_text(changed)
-        for name in ("overrides.yaml", "result.json", "metrics.csv"):
-            shutil.copy(real_sweep / "0" / name, folder / name)
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "app.report", str(tmp_path)],
-        capture_output=True, text=True, check=True, timeout=60,
-    )  # fmt: skip
-    assert time.monotonic() - began < 10
-    assert "1000 runs (1000 finished) of 200 configurations" in done.stdout
 
 
 @pytest.mark.slow
@@ -732,13 +703,10 @@ def test_the_command_of_a_killed_run_finishes_it_in_its_folder(tmp_path: Path) -
         [sys.executable, "-m", "app.train", *typed], cwd=tmp_path, stdout=subprocess.DEVNULL
     )
     last = tmp_path / "a b/0/checkpoints/last.ckpt"
-    end = time.monotonic() + 60
-    while not last.exists():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_until(last.exists)
     assert reported(tmp_path)["state"] == "running"
     process.send_signal(signal.SIGKILL)
-    process.wait(timeout=30)
+    process.wait()
     found = reported(tmp_path)
     assert found["state"] == "interrupted"
     words = shlex.split(found["command"])
@@ -780,7 +748,7 @@ def chromium(*arguments: str, profile: Path) -> str:
         [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
          "--no-first-run", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", f"--user-data-dir={profile}", "--virtual-time-budget=3000", *arguments],
-        capture_output=True, text=True, check=True, timeout=90, env={**os.environ, "LC_ALL": "C"},
+        capture_output=True, text=True, check=True, timeout=180, env={**os.environ, "LC_ALL": "C"},
     )  # fmt: skip
     return done.stdout
 

@@ -467,7 +467,7 @@ def test_a_hash_is_the_same_in_another_process() -> None:
     results = SERVER.Queue()
     process = SERVER.Process(target=_tell_about_values, args=(results,))
     process.start()
-    found = results.get(timeout=60)
+    found = results.get(timeout=120)
     process.join()
     assert found == _about_values()
     assert not any(text.startswith("unpicklable") for text in found)
@@ -485,7 +485,7 @@ def test_processes_that_start_together_set_up_once(cache: Path, calls: SimpleNam
     processes = [SERVER.Process(target=_set_up, args=arguments) for _ in range(4)]
     for process in processes:
         process.start()
-    states = [results.get(timeout=60) for _ in processes]
+    states = [results.get(timeout=120) for _ in processes]
     for process in processes:
         process.join()
     own = made(None, cache, draws="in setup")
@@ -553,7 +553,7 @@ def test_spawn_memory_spawned_processes_read_the_memory_of_the_one_that_started_
     processes = [SERVER.Process(target=_read, args=arguments) for _ in range(2)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=60) for _ in processes]
+    found = [results.get(timeout=120) for _ in processes]
     may_end.set()
     for process in processes:
         process.join()

@@ -179,7 +179,7 @@ class Cluster:
             raise ValueError(f"job {job_id} is an array; its first job is {job_id}_0")
         return _fields(lines[0])
 
-    def wait(self, job_id: int | str, *states: str, timeout_s: float = 60.0) -> dict[str, str]:
+    def wait(self, job_id: int | str, *states: str, timeout_s: float = 240) -> dict[str, str]:
         """The job as soon as it is in one of the states.
 
         Raises:
