@@ -7,6 +7,7 @@ curves.png       the metrics over the optimizer steps
 result.json      status, final metrics, batch sizes, checkpoints, seconds, versions
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -93,9 +94,15 @@ class RunFolder:
             )
 
     def remove_if_empty(self) -> None:
-        """Take away the folder that Hydra made for a command that was then refused."""
-        if not any(self.path.iterdir()):
+        """Take away the folder that Hydra made for a command that was then refused.
+
+        Each rank that srun or torchrun started does: another one may have been faster.
+        """
+        try:
             self.path.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                raise
 
     def move_aside(self) -> None:
         """Rename a run that is in the folder, so that nothing of it is lost."""

@@ -324,6 +324,17 @@ def test_a_client_that_dies_or_is_interrupted_leaves_its_job_or_asks(commands: C
     os.close(terminal)
 
 
+def test_what_srun_starts_and_is_refused_says_so_without_a_traceback(commands: Commands) -> None:
+    done = commands.cluster.run(
+        "srun", "--nodes=2", "--ntasks-per-node=2", sys.executable, "-m", "app.train", *TINY,
+        "name=refused", cwd=commands.cwd, env=commands.env, check=False, stderr=-2, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "need a strategy of several processes; type strategy=ddp" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert not (commands.cwd / "runs/refused").exists()
+
+
 def test_without_slurm_the_command_says_so(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)  # not started
     where = Commands(cluster, tmp_path)

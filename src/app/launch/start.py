@@ -14,7 +14,7 @@ from app.folder import RunFolder
 from app.imports import importing
 from app.launch import SINGLE
 from app.launch.ranks import num_slurm_tasks, ranks, started_elsewhere
-from app.tuner.keys import with_overrides
+from app.tuner.keys import startable, with_overrides
 
 
 def placed(cfg: DictConfig) -> DictConfig:
@@ -35,6 +35,7 @@ def placed(cfg: DictConfig) -> DictConfig:
                 "processes on every machine; type trainer.num_nodes=1"
             )
         return found
+    check(startable(found))  # each rank refuses for itself, before any waits for another
     given = RunFolder(Path(found.run_dir))
     shared = ranks().first(lambda: {"name": found.name, "run_dir": found.run_dir})
     if shared["run_dir"] != str(given.path) and given.path.exists():
