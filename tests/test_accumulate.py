@@ -31,11 +31,11 @@ from app.accumulate import (
 from app.batch_size import accumulation_factor
 from app.build import build
 from app.checkpoint import CheckpointFiles
-from app.cli import Refused
 from app.conf.accumulate.schema import By
 from app.conf.accumulate.schema import ConstantAccumulation as ConstantSchema
 from app.conf.accumulate.schema import EffectiveBatch as EffectiveSchema
 from app.conf.accumulate.schema import ScheduledAccumulation as ScheduledSchema
+from app.errors import Refused
 from app.metrics import MetricsCsv, StepMetrics, read_metrics
 from app.resume import ExactResume
 from app.trainer import Trainer

@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from app.cli import Refused
+from app.errors import Refused
 from app.launch.slots import VISIBLE, Slots, find_slots
 from app.sweep.folder import SweepFolder, claim, hash_of
 from app.sweep.journal import Job, Journal

@@ -14,7 +14,7 @@ import torch
 from conftest import wait_until
 from omegaconf import DictConfig
 
-from app.cli import RankFailed, Refused
+from app.errors import RankFailed, Refused
 from app.launch.local import run_local
 from app.launch.ranks import Ranks, ranks, started_elsewhere
 from app.launch.start import placed

@@ -21,7 +21,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig, OmegaConf
 
 from app.check import check
-from app.cli import Refused
+from app.errors import Refused
 from app.folder import RunFolder
 from app.report.reading import read_runs
 from app.report.summary import summarize

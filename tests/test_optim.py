@@ -12,7 +12,7 @@ from conftest import SMALL
 from torch import nn
 
 from app.build import build
-from app.cli import Refused
+from app.errors import Refused
 from app.optim import AdamW8bit
 
 SETTINGS = {"lr": 0.01, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.1,

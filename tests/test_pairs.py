@@ -13,7 +13,7 @@ from conftest import SMALL
 from app import conf
 from app.build import build
 from app.check import check
-from app.cli import Refused
+from app.errors import Refused
 
 TECHNIQUES = ("accumulate", "clip", "averaging")
 OTHERS = ("optimizer", "scheduler", "precision", "model")

@@ -13,7 +13,7 @@ from conftest import SMALL
 from omegaconf import DictConfig
 
 from app.check import check
-from app.cli import Refused
+from app.errors import Refused
 from app.study import PRUNED, STORAGE, STUDY, open_study, url
 from app.train import pruning_of, run
 

@@ -22,7 +22,7 @@ from conftest import SMALL, wait_until
 from hydra import compose, initialize_config_module
 from matplotlib.image import imread
 
-from app.cli import Refused
+from app.errors import Refused
 from app.folder import RunFolder
 from app.report import __main__ as report_command
 from app.report.configurations import columns, configurations

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from app.build import Run, build
 from app.check import check
-from app.cli import Refused
+from app.errors import Refused
 
 
 def learning_rates(run: Run) -> set[float]:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from app.build import build
 from app.check import check
-from app.cli import Refused
+from app.errors import Refused
 from app.launch.local import run_local
 from app.launch.ranks import ranks
 from app.matrix import NEEDED, ON_CPU, composed, matrix, presets, refusals

@@ -17,7 +17,7 @@ from conftest import SMALL
 from lightning.pytorch import Callback
 
 from app.checkpoint import CheckpointFiles
-from app.cli import Refused
+from app.errors import Refused
 from app.folder import RunFolder, config_hash
 from app.train import train
 from app.trainer import Trainer

@@ -17,7 +17,7 @@ from theirs import LitData, LitModel, TwoOptimizers
 
 from app.build import build
 from app.check import check
-from app.cli import Refused
+from app.errors import Refused
 from app.launch.asked import asked
 from app.tuner.answers import cache_key, read_tuned
 from app.tuner.batch_size import longest_first

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from app import cli
+from app.errors import Refused
 from app.imports import importing
 
 BUILT = ("optimizer", "scheduler", "accumulate", "clip", "averaging")
@@ -26,13 +27,13 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     for group in BUILT:
         chosen = cfg.get(group)
         if chosen and OmegaConf.get_type(chosen) is dict and "_target_" not in chosen:
-            raise cli.Refused(cli.no_effect(f"{group}.{next(iter(chosen))}", group))
+            raise Refused(cli.no_effect(f"{group}.{next(iter(chosen))}", group))
     try:
         OmegaConf.to_object(cfg)  # runs the rules of every schema
     except ValueError as error:
         if type(error) is not ValueError:  # one of OmegaConf's own, explained by the command line
             raise
-        raise cli.Refused(str(error)) from None
+        raise Refused(str(error)) from None
     config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
@@ -67,7 +68,7 @@ def main(cfg: DictConfig) -> None:
         try:
             build(config, [])
         except (TypeError, ValueError) as error:
-            raise cli.Refused(str(error)) from error
+            raise Refused(str(error)) from error
     for name, text in describe(config):
         print(f"{name:<12}{text}")
     print("ok")

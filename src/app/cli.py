@@ -29,28 +29,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-
-class Refused(ValueError):  # noqa: N818  # reads as the sentence it is
-    """What the user typed cannot be done; the text says what to type instead."""
-
-
-class RankFailed(RuntimeError):  # noqa: N818  # reads as the sentence it is
-    """One of several processes has failed, and the others were ended; the text holds its traceback.
-
-    Attributes:
-        rank: the one that failed first.
-        error: its error in one line.
-    """
-
-    def __init__(self, *, rank: int, error: str, details: str) -> None:
-        super().__init__(details)
-        self.rank = rank
-        self.error = error
-
-
-class JobsFailed(RuntimeError):  # noqa: N818  # reads as the sentence it is
-    """Some jobs of a sweep came to nothing; the text lists them."""
-
+from app.errors import JobsFailed, RankFailed, Refused
 
 REFUSALS = (HydraException, OmegaConfBaseException, Refused)
 

@@ -8,9 +8,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from app import cli
 from app.check import check
-from app.folder import RunFolder, write_json
+from app.errors import Refused
+from app.folder import RunFolder
 from app.imports import importing
 from app.launch import SINGLE
+from app.process.files import write_json
 from app.tuner.keys import with_overrides
 
 
@@ -20,7 +22,7 @@ def main(cfg: DictConfig) -> None:
     folder = RunFolder(Path(cfg.run))
     config = folder.read_config()
     if config is None:
-        raise cli.Refused(f"run must be the folder of a run, got {cfg.run}: it has no config.yaml")
+        raise Refused(f"run must be the folder of a run, got {cfg.run}: it has no config.yaml")
     changed = OmegaConf.merge(config, OmegaConf.from_dotlist(list(cfg.overrides)))
     assert isinstance(changed, DictConfig)
     checkpoint = checkpoint_path(folder, cfg.checkpoint)
@@ -46,12 +48,12 @@ def checkpoint_path(folder: RunFolder, checkpoint: str) -> Path:
         path = folder.checkpoints / f"{checkpoint}.ckpt"
     if not path.exists():
         found = sorted(file.stem for file in folder.checkpoints.glob("*.ckpt"))
-        raise cli.Refused(
+        raise Refused(
             f"checkpoint must be best, last or the path of a checkpoint, got {checkpoint}: there "
             f"is no {path}; in this run there are: {', '.join(found) or 'none'}"
         )
     if path.is_dir():
-        raise cli.Refused(
+        raise Refused(
             f"checkpoint must be a file, got {path}, a folder that DeepSpeed wrote; make one of it "
             f"with python {path}/zero_to_fp32.py {path} weights.ckpt"
         )

@@ -12,14 +12,16 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from app.cli import Refused
+from app.errors import Refused, Unreadable
+from app.process.files import read_json, read_yaml, write_atomically, write_json
 
 OF_THE_COMMAND = ("name", "resume", "run_dir", "tuned", "fit", "launch", "objective", "direction",
                   "sweep")  # fmt: skip
@@ -27,6 +29,55 @@ OF_THE_COMMAND = ("name", "resume", "run_dir", "tuned", "fit", "launch", "object
 
 ENDED = ("finished", "pruned")
 """What `status` in result.json says of a run that nothing is left to do for."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_number_by_name(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_group(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+def _is_group_of_groups(value: Any) -> bool:
+    return _is_group(value) and all(map(_is_group, (value or {}).values()))
+
+
+CONFIG = {
+    **dict.fromkeys(("model", "data", "trainer"), lambda value: isinstance(value, dict)),
+    **dict.fromkeys(("optimizer", "scheduler", "accumulate", "clip", "averaging", "sharing",
+                     "strategy", "precision", "memory", "compile", "tuner", "launch",
+                     "sweep"), _is_group),
+    **dict.fromkeys(("callbacks", "logger"), _is_group_of_groups),
+    "name": _is_text,
+    "seed": _is_number,
+}  # fmt: skip
+"""What each key of a config.yaml must hold that has it."""
+
+RESULT = {
+    **dict.fromkeys(("status", "name", "error", "where", "config_hash", "slurm_job"), _is_text),
+    **dict.fromkeys(("metrics", "seconds"), _is_number_by_name),
+    **dict.fromkeys(("optimizer_steps", "epochs", "rank"), _is_number),
+    **dict.fromkeys(("batch", "checkpoints"), _is_group),
+}
+"""Likewise of a result.json."""
+
+
+def refuse_other_shape(
+    path: Path, content: Mapping[str, Any], shape: Mapping[str, Callable[[Any], bool]]
+) -> None:
+    """Raise Unreadable where a key holds another kind of value than those that we write."""
+    for key, holds in shape.items():
+        if key in content and not holds(content[key]):
+            raise Unreadable(path, f"{key} holds {content[key]!r:.60}")
 
 
 _LOCKS: set[TextIO] = set()
@@ -53,19 +104,30 @@ class RunFolder:
         self.lock_path = path.parent / f".{path.name}.lock"
 
     def read_config(self) -> dict[str, Any] | None:
-        """The configuration of the run that is in the folder; None where there is none."""
-        if not self.config_path.exists():
+        """The configuration of the run that is in the folder; None where there is none.
+
+        Raises Unreadable where it is torn, or no run's.
+        """
+        content = read_yaml(self.config_path)
+        if content is None:
             return None
-        config = OmegaConf.merge(OmegaConf.load(self.config_path), {"run_dir": str(self.path)})
-        found = OmegaConf.to_container(config, resolve=True)
+        refuse_other_shape(self.config_path, content, CONFIG)
+        config = OmegaConf.create({**content, "run_dir": str(self.path)})
+        try:
+            found = OmegaConf.to_container(config, resolve=True)
+        except OmegaConfBaseException as error:
+            raise Unreadable(self.config_path, error) from None
         assert isinstance(found, dict)
         return {str(key): value for key, value in found.items()}
 
     def read_result(self) -> dict[str, Any] | None:
-        """What the last command left; None where it left nothing."""
-        if not self.result_path.exists():
-            return None
-        result: dict[str, Any] = json.loads(self.result_path.read_text())
+        """What the last command left; None where it left nothing.
+
+        Raises Unreadable where it is torn, or no run's.
+        """
+        result = read_json(self.result_path)
+        if result is not None:
+            refuse_other_shape(self.result_path, result, RESULT)
         return result
 
     def write_config(self, config: Mapping[str, Any], overrides: list[str]) -> None:
@@ -172,15 +234,3 @@ def config_hash(config: Mapping[str, Any]) -> str:
     """Of what decides a run: equal where two commands train the same."""
     text = json.dumps(what_decides(config), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write beside the file and rename: a reader finds the old content or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON, atomically."""
-    write_atomically(path, json.dumps(content, indent=2) + "\n")

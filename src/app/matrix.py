@@ -10,7 +10,8 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
 from app.check import check
-from app.cli import Refused, groups
+from app.cli import groups
+from app.errors import Refused
 
 GROUPS = ("accumulate", "clip", "averaging", "tuner", "sharing", "optimizer", "scheduler",
           "precision", "memory", "compile")  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
-from app.cli import Refused
+from app.errors import Refused
 from app.launch.ranks import ranks
 from app.study import PRUNED, STORAGE, open_study
 

@@ -10,7 +10,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from app.cli import JobsFailed, RankFailed, Refused, TaskOfCommand
+from app.cli import TaskOfCommand
+from app.errors import JobsFailed, RankFailed, Refused
 from app.sweep.folder import SweepFolder
 
 log = logging.getLogger(__name__)

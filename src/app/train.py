@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from app import cli
 from app.check import check
+from app.errors import Refused
 from app.folder import ENDED, RunFolder
 from app.imports import importing
 from app.launch import is_slurm
@@ -37,7 +38,7 @@ def main(cfg: DictConfig) -> float | None:
             cfg[group] = None  # also where the file of a sweep has settings for it
     if cfg.sweep is not None and hydra.mode is RunMode.RUN:
         RunFolder(Path(cfg.run_dir)).remove_if_empty()
-        raise cli.Refused(
+        raise Refused(
             "sweep=optuna chooses the jobs of a sweep, and this is one run; type -m as well, or "
             "sweep=none"
         )
@@ -58,7 +59,7 @@ def objective(name: str | None, metrics: Mapping[str, float]) -> float | None:
     if name is None:
         return None
     if name not in metrics:
-        raise cli.Refused(
+        raise Refused(
             f"objective must be one of {', '.join(sorted(metrics))}, the metrics of the run, got "
             f"{name}; type objective={_nearest(name, metrics)}"
         )
@@ -88,7 +89,7 @@ def _run(cfg: DictConfig, typed: list[str]) -> dict[str, Any] | None:
     try:
         check(startable(cfg))
         if cfg.launch is not None and not is_slurm(cfg.launch):
-            raise cli.Refused(
+            raise Refused(
                 "launch=local runs the jobs of a sweep, and this is one run; type -m as well, or "
                 "launch=none"
             )

@@ -15,7 +15,8 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrid
 from hydra.types import TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from app.cli import JobsFailed, Refused, TaskOfCommand
+from app.cli import TaskOfCommand
+from app.errors import JobsFailed, Refused
 from app.launch import is_slurm
 from app.launch.composing import Composer
 from app.launch.slurm_states import refresh

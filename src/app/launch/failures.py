@@ -5,7 +5,8 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.cli import REFUSALS, RankFailed, explain, is_of_the_user
+from app.cli import REFUSALS, explain, is_of_the_user
+from app.errors import RankFailed
 
 LOST_PEER = ("by peer", "broken pipe", "connection refused", "connection was closed", "nccl",
              "gloo", "remote process", "ended from outside")  # fmt: skip

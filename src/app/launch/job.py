@@ -18,7 +18,8 @@ from hydra.core.utils import run_job, setup_globals
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from app.cli import REFUSALS, VERSION_BASE, RankFailed, explain, is_of_the_user
+from app.cli import REFUSALS, VERSION_BASE, explain, is_of_the_user
+from app.errors import RankFailed
 from app.folder import ENDED, RunFolder
 from app.launch.asked import HEEDED
 from app.launch.local import GRACE_S, end_in_time, leave

@@ -16,7 +16,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from app.cli import RankFailed, Refused
+from app.errors import RankFailed, Refused
 from app.launch.failures import HEAD_START_S, Failure, failure_of, first_of
 
 PRELOADED = ["app.launch.preloaded"]

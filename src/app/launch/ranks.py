@@ -15,9 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from app.cli import Refused
-from app.folder import what_decides, write_atomically
+from app.errors import Refused
+from app.folder import what_decides
 from app.imports import importing
+from app.process.files import write_atomically
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from omegaconf import DictConfig
 
-from app.cli import Refused
+from app.errors import Refused
 from app.launch import is_slurm
 from app.launch.asked import asked
 from app.launch.failures import ended_from_outside

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from app.cli import Refused
+from app.errors import Refused
 from app.launch.job import JOB_GRACE_S, JobProcess, Outcome
 from app.launch.slots import Slots
 from app.sweep.folder import SweepFolder

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from app.cli import Refused
+from app.errors import Refused
 from app.launch import SINGLE
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"

@@ -17,7 +17,7 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from app.check import check
-from app.cli import JobsFailed, Refused
+from app.errors import JobsFailed, Refused
 from app.folder import ENDED, RunFolder
 from app.launch import SINGLE
 from app.launch.batch import LOST, Batch

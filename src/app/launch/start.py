@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from app.check import check
-from app.cli import RankFailed, Refused
+from app.errors import RankFailed, Refused
 from app.folder import RunFolder
 from app.imports import importing
 from app.launch import SINGLE

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from app.cli import Refused
+from app.errors import Refused
 from app.folder import ENDED, RunFolder
 from app.launch.asked import asked
 from app.launch.failures import HEAD_START_S, Failure, ended_from_outside, failure_of, first_of

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from app.cli import Refused
-from app.folder import write_atomically
+from app.errors import Refused
+from app.process.files import write_atomically
 from app.report.curves import COLORS, Panel, draw, panels
 from app.report.page import Picture, page
 from app.report.reading import read_runs

@@ -8,7 +8,8 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
-from app.cli import Refused, groups
+from app.cli import groups
+from app.errors import Refused
 from app.folder import what_decides
 from app.report.reading import Run
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.cli import Refused
+from app.errors import Refused
 from app.report.reading import Run
 
 LOWER_IS_BETTER = {"loss", "error", "err", "perplexity", "ppl", "mse", "rmse", "mae", "nll", "ece",

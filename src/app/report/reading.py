@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from app.cli import Refused
+from app.errors import Refused
 from app.folder import ENDED, RunFolder
 from app.launch.slurm_states import SLURM_JOB, state_of, states
 from app.report.states import true_state

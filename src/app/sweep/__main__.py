@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from app.cli import Refused
+from app.errors import Refused
 from app.folder import RunFolder
 from app.launch.slurm_states import SLURM_JOB, refresh
 from app.study import STORAGE

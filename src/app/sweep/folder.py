@@ -23,7 +23,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from app.cli import Refused
+from app.errors import Refused
 from app.sweep.journal import NAME, Job, Journal, Sweep
 
 OF_THE_COMMAND = ("launch", "resume", "hydra/launcher", "hydra.launcher", "hydra.sweep.dir",

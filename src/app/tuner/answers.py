@@ -12,8 +12,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from app.cli import Refused
-from app.folder import write_atomically
+from app.errors import Refused
+from app.process.files import write_atomically
 
 NAME = "tuned.yaml"
 DECIDING = ("model", "data", "optimizer", "accumulate", "clip", "averaging", "strategy",

@@ -15,10 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from app.build import build_model_and_data
 from app.check import check
-from app.cli import Refused
-from app.folder import write_atomically
+from app.errors import Refused
 from app.launch import DDP, SINGLE
 from app.launch.ranks import ranks
+from app.process.files import write_atomically
 from app.tuner.answers import NAME, cache_key, read_tuned, searching, write_tuned
 from app.tuner.batch_size import Prober, try_evaluation, try_fit
 from app.tuner.keys import (
