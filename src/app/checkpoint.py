@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import time
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from enum import Enum
@@ -20,6 +19,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from app.errors import Refused
+from app.process.files import replacing, sync_folder
+from app.process.intact import Checked, refuse_damaged
 from app.resume import ExactResume
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -52,10 +54,7 @@ def plain(value: Any, path: str) -> Any:
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Writes beside the file and renames; holds and loads tensors and plain values only.
-
-    A reader finds the old file or the new one, never half of one, also after a power cut.
-    """
+    """Writes and loads tensors and plain values only, and no file but a whole one."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
@@ -74,34 +73,33 @@ class CheckpointFiles(TorchCheckpointIO):
                 content[key] = self._plain_state(value, key)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with partial.open("wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as file:
+            archive = Checked(file)
+            torch.save(content, archive)  # type: ignore[arg-type]  # asks for no more
+            archive.close_archive()
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
         """The content of a checkpoint; never runs code that the file names.
 
-        Raises ValueError where the file would have to.
+        Raises Refused where the file is damaged, would have to run code, or is no checkpoint.
         """
+        path = Path(path)
+        refuse_damaged(path)
         try:
-            content: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
-        except FileNotFoundError:
-            raise
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            if not is_intact(Path(path)):
-                raise ValueError(f"{path} is damaged: it is not a complete checkpoint") from error
-            raise ValueError(
+            content: Any = torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise Refused(
                 f"{path} holds more than tensors and plain values, and loading it could run code "
                 f"that the file names: {error}"
             ) from error
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of an archive of somebody else's: almost anything
+            raise Refused(f"{path} is no checkpoint that torch can read: {error}") from error
+        if not isinstance(content, dict) or "state_dict" not in content:
+            raise Refused(f"{path} is no checkpoint of a LightningModule: it has no state_dict")
         return content
 
     @staticmethod
@@ -125,28 +123,24 @@ class CheckpointFiles(TorchCheckpointIO):
         return kept
 
 
-def is_intact(path: Path) -> bool:
-    """Whether the file is there, whole, and every byte is what was written.
-
-    DeepSpeed's are folders, in which it writes `latest` last.
-    """
-    if path.is_dir():
-        return (path / "latest").exists()
-    try:
-        with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
-    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile):
-        return False
-
-
 def newest_intact(directory: Path) -> Path | None:
-    """The checkpoint to go on from: the last one, or the one before where that is damaged."""
-    for name in ("last.ckpt", "previous.ckpt"):
-        path = directory / name
-        if is_intact(path):
+    """The checkpoint to go on from: the last one, or the one before where that is damaged.
+
+    Raises Refused where both are: the run would begin anew, over what is left of it.
+    """
+    found = [path for name in ("last.ckpt", "previous.ckpt") if (path := directory / name).exists()]
+    for path in found:
+        try:
+            refuse_damaged(path)
+        except Refused as refusal:
+            rank_zero_warn(f"{refusal}; looking for the one before")
+        else:
             return path
-        if path.exists():
-            rank_zero_warn(f"{path} is damaged; looking for the one before")
+    if found:
+        raise Refused(
+            f"{directory} holds no whole checkpoint to go on from; to begin anew, with the old run "
+            "moved aside, type resume=never"
+        )
     return None
 
 
@@ -290,6 +284,7 @@ class Checkpoints(Checkpoint):
             if previous.is_dir():
                 shutil.rmtree(previous)
             self.last.replace(previous)
+            sync_folder(self.directory)
         trainer.save_checkpoint(self.last, weights_only=False)
 
 

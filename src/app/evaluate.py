@@ -13,6 +13,7 @@ from app.folder import RunFolder
 from app.imports import importing
 from app.launch import SINGLE
 from app.process.files import write_json
+from app.process.intact import refuse_damaged
 from app.tuner.keys import with_overrides
 
 
@@ -41,23 +42,41 @@ def main(cfg: DictConfig) -> None:
 def checkpoint_path(folder: RunFolder, checkpoint: str) -> Path:
     """The file that `checkpoint` means: best, last, or a path.
 
-    Raises Refused where there is none, naming those that there are.
+    Raises Refused where there is none, or it is damaged, naming those that could be typed.
     """
     path = Path(checkpoint)
     if checkpoint in ("best", "last"):
         path = folder.checkpoints / f"{checkpoint}.ckpt"
     if not path.exists():
-        found = sorted(file.stem for file in folder.checkpoints.glob("*.ckpt"))
         raise Refused(
             f"checkpoint must be best, last or the path of a checkpoint, got {checkpoint}: there "
-            f"is no {path}; in this run there are: {', '.join(found) or 'none'}"
+            f"is no {path}; in this run there are: {', '.join(_names(folder)) or 'none'}"
         )
     if path.is_dir():
         raise Refused(
             f"checkpoint must be a file, got {path}, a folder that DeepSpeed wrote; make one of it "
             f"with python {path}/zero_to_fp32.py {path} weights.ckpt"
         )
+    try:
+        refuse_damaged(path)
+    except Refused as refusal:
+        whole = [name for name in _names(folder) if _is_whole(folder.checkpoints / f"{name}.ckpt")]
+        instead = " or ".join(f"checkpoint={name}" for name in whole)
+        hint = f"type {instead}" if whole else "no other one of this run is whole"
+        raise Refused(f"{refusal}; {hint}") from None
     return path
+
+
+def _names(folder: RunFolder) -> list[str]:
+    return sorted(file.stem for file in folder.checkpoints.glob("*.ckpt"))
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        refuse_damaged(path)
+    except Refused:
+        return False
+    return True
 
 
 def evaluate(config: Any, folder: RunFolder, *, stage: str, checkpoint: Path) -> None:
