@@ -45,7 +45,7 @@ from step import bare
 from torch import Tensor, nn
 
 from app.build import build_model_and_data
-from app.check import check
+from app.config import check
 from app.optim import configure_optimizers
 from app.tuner.batch_size import Prober
 from app.tuner.lr import range_test

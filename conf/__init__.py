@@ -13,6 +13,8 @@ from typing import Any
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import OmegaConf
 
+from .rules import run_name
+
 GROUPS = sorted(path.parent.name for path in Path(__file__).parent.glob("*/schema.py"))
 
 
@@ -43,6 +45,7 @@ def _node(path: str, name: str, shape: type) -> ConfigNode:
     return ConfigNode(name=f"{name}.yaml", node=node, group=path, package=None, provider=None)
 
 
+OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 _roots = _nodes("schema", import_module(f"{__name__}.schema").ROOTS)
 _groups = {group: partial(_group, group) for group in GROUPS}
 ConfigStore.instance().repo["schema"] = Lazy(_groups | _roots)

@@ -1,6 +1,7 @@
 """The rules between groups: what would fail after a while, or do nothing in silence."""
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from app.batch_size import accumulation_factor, data_parallel_size
@@ -127,9 +128,35 @@ def _name(strategy: Any) -> str:
 GRAPH_MODEL = "app.models.graphsage.GraphSage"
 
 
+def _are_ours(run: "Train") -> bool:
+    return all(str(_get(slot, "_target_")).startswith("app.") for slot in (run.model, run.data))
+
+
+METRICS = ("train_loss", "val_loss", "val_acc", "test_loss", "test_acc", "raw_val_loss",
+           "raw_val_acc")  # fmt: skip
+"""What is measured of a model of ours."""
+
+
+def _unknown_metric(run: "Train") -> tuple[str, str, str, str] | None:
+    """Key, known names, name and key again of a metric that a model of ours does not log."""
+    callbacks = run.callbacks
+    names = {f.name for f in fields(callbacks)} if is_dataclass(callbacks) else set()
+    if not _are_ours(run) or not vars(callbacks or run).keys() <= names | vars(run).keys():
+        return None  # a callback of somebody's may log others
+    for key, name in (
+        ("objective", run.objective),
+        ("callbacks.checkpoint.monitor", _get(_get(callbacks, "checkpoint"), "monitor")),
+        ("callbacks.early_stopping.monitor", _get(_get(callbacks, "early_stopping"), "monitor")),
+        ("scheduler.monitor", _get(run.scheduler, "monitor")),
+    ):
+        if name is not None and name not in METRICS:
+            return key, ", ".join(METRICS), name, key
+    return None
+
+
 def _num_hops(run: "Train") -> tuple[int, int]:
     """Hops to neighbours that the model takes and the data serves; equal where one is not ours."""
-    if not all(str(_get(slot, "_target_")).startswith("app.") for slot in (run.model, run.data)):
+    if not _are_ours(run):
         return 0, 0
     takes = len(run.model.hidden_sizes) + 1 if _is(run.model, GRAPH_MODEL) else 0
     return takes, len(_get(run.data, "fanouts") or ())
@@ -360,6 +387,26 @@ RULES = (
         lambda run: (
             f"data.fanouts={run.data.fanouts} adds neighbours to each node, which only "
             "model=graphsage takes; choose it, or type 'data.fanouts=[]'"
+        ),
+    ),
+    Rule(
+        lambda run: _are_ours(run) and run.model.in_features != _get(run.data, "num_features"),
+        lambda run: (
+            f"model.in_features must be the data's {_get(run.data, 'num_features')}, got "
+            f"{run.model.in_features}; leave it out"
+        ),
+    ),
+    Rule(
+        lambda run: _are_ours(run) and run.model.num_classes < _get(run.data, "num_classes"),
+        lambda run: (
+            f"model.num_classes must be at least the data's {_get(run.data, 'num_classes')}, got "
+            f"{run.model.num_classes}; leave it out"
+        ),
+    ),
+    Rule(
+        lambda run: _unknown_metric(run) is not None,
+        lambda run: "{} must be one of {}, which the model logs, got {}; type {}=val_loss".format(
+            *_unknown_metric(run) or ()
         ),
     ),
     Rule(

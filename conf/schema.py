@@ -1,13 +1,13 @@
 """The root of a run: one slot per group."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING
 
 from .combinations import check_combinations
-from .rules import require
+from .rules import NAME, RULE, count, folder, require, text
 
 
 class Resume(str, Enum):
@@ -36,9 +36,9 @@ class Direction(str, Enum):
 class Train:
     """One training run."""
 
-    name: str = MISSING
+    name: str = field(default=MISSING, metadata={RULE: NAME})
     """Folder of the run below runs/; the same name again continues it."""
-    seed: int = MISSING
+    seed: int = count(at_least=0, at_most=2**32 - 1, instead="type {key}=42")
     """Of every random number generator, >= 0."""
     resume: Resume = MISSING
     """auto continues an unfinished run of this name; never moves it aside and begins anew."""
@@ -46,13 +46,13 @@ class Train:
     """The checkpoint tested after the fit: best, last, or none for no test."""
     fit: bool = MISSING
     """Whether to train; false ends after the finders."""
-    tuned: str | None = MISSING
+    tuned: str | None = text(instead="type {key}=runs/NAME/tuned.yaml, or {key}=null")
     """A tuned.yaml whose overrides to use instead of a search."""
-    objective: str | None = MISSING
+    objective: str | None = text(instead="type {key}=val_loss, or {key}=null")
     """A metric of result.json that the command returns to a sweeper, such as val_loss."""
     direction: Direction = MISSING
     """Whether a sweeper looks for the least or the greatest objective."""
-    run_dir: str = MISSING
+    run_dir: str = folder(instead="type name=NAME")
     """Folder of the run, given by Hydra."""
     model: Any = MISSING
     data: Any = MISSING
@@ -74,7 +74,6 @@ class Train:
     sweep: Any = None
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", "be >= 0", self.seed, "type seed=42")
         require(
             self.fit or self.tuner is not None,
             "fit",
@@ -104,11 +103,11 @@ class Stage(str, Enum):
 class Evaluate:
     """The evaluation of a run."""
 
-    run: str = MISSING
+    run: str = text(instead="type {key}=runs/NAME")
     """Folder of the run."""
     stage: Stage = MISSING
     """test, validate, or predict (written to predictions.pt)."""
-    checkpoint: str = MISSING
+    checkpoint: str = text(instead="type {key}=best")
     """best, last, or the path of a checkpoint."""
     overrides: list[str] = MISSING
     """Changes to the configuration of the run, such as trainer.accelerator=cpu."""

@@ -8,9 +8,15 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from omegaconf import DictConfig
+from hypothesis import HealthCheck, settings
+from omegaconf import DictConfig, OmegaConf
 
-from app.check import check
+from app.config import check, refuse_values
+
+COMMON: Any = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+settings.register_profile("short", max_examples=100, derandomize=True, **COMMON)
+settings.register_profile("long", max_examples=3000, **COMMON)  # --hypothesis-profile=long
+settings.load_profile("short")
 
 SMALL = ("model.channels=4", "trainer.max_epochs=2", "trainer.limit_train_batches=6",
          "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "callbacks.progress=null",
@@ -24,6 +30,12 @@ def wait_until(holds: Callable[[], bool], timeout_s: float = 120) -> None:
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def refuse(group: str, node: Any) -> None:
+    """Raise what `check` raises of a group alone: a schema with its values, or a composed one."""
+    refuse_values(OmegaConf.create({group: node}))
+    OmegaConf.to_object(node if isinstance(node, DictConfig) else OmegaConf.structured(node))
 
 
 @pytest.fixture(autouse=True)

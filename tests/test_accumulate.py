@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, refuse
 from lightning.fabric.utilities.rank_zero import WarningCache
 from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.plugins import MixedPrecision
@@ -792,7 +792,7 @@ TYPE = "type for example 'accumulate.starts=[0,4]' 'accumulate.factors=[1,8]'"
         (
             ScheduledSchema,
             {"starts": [0, 4], "factors": [1, 0]},
-            f"accumulate.factors must be >= 1, got 0; {OFF}",
+            f"accumulate.factors must be numbers >= 1, got [1, 0]; {OFF}",
         ),
         (
             EffectiveSchema,
@@ -815,7 +815,7 @@ TYPE = "type for example 'accumulate.starts=[0,4]' 'accumulate.factors=[1,8]'"
 def test_a_value_out_of_range_is_refused(schema: Any, values: dict[str, Any], text: str) -> None:
     extra = {"by": By.epoch} if schema is ScheduledSchema else {}
     with pytest.raises(ValueError, match="accumulate") as caught:
-        schema(**values, **extra, weight_by=None)
+        refuse("accumulate", schema(**values, **extra, weight_by=None))
     assert str(caught.value) == text
 
 

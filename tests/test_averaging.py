@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from conftest import refuse
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
@@ -1001,5 +1002,5 @@ def test_every_preset_becomes_its_class(preset):
 )
 def test_a_value_out_of_range_is_refused_with_what_to_type(overrides, message):
     with pytest.raises(ValueError, match="averaging") as error:
-        OmegaConf.to_object(composed(*overrides))
+        refuse("averaging", composed(*overrides))
     assert str(error.value) == message

@@ -10,6 +10,7 @@ import pytest
 
 from app.build import build
 from app.cli import REFUSALS, explain
+from app.errors import Refused
 
 KEYS = {
     ("clip.maxnorm=1",): "clip.maxnorm is not a key; did you mean clip.max_norm?",
@@ -27,6 +28,44 @@ KEYS = {
     ("averaging=none", "++averaging.decay=0.9"): "averaging.decay has no effect: averaging is off; "
     "choose averaging=ema|swa|uniform as well",
     ("model=custom",): "model._target_ is required; type model._target_=VALUE",
+    ("+seeed=1",): "seeed is not a key; did you mean seed?",
+    ("+clip.maxnorm=1",): "clip.maxnorm is not a key; did you mean clip.max_norm?",
+    ("+model.zzz=1",): "model.zzz is not a key; known are model.batch_norm, model.channels, "
+    "model.in_features, model.kernel_sizes, model.num_classes, model.padding, model.stride",
+    ("+callbacks.mine=3",): "callbacks.mine needs a class; type "
+    "+callbacks.mine._target_=package.module.Class",
+    ("optimizer._partial_=false",): "optimizer._partial_ must be True, got False: it says how the "
+    "class is built; leave it out",
+    ("clip._target_=math",): "clip._target_ must be package.module.Class, got 'math'; type "
+    "clip._target_=package.module.Class",
+    ("~seed",): "seed is read, and ~seed takes it away; type seed=VALUE instead",
+    ("seed=4294967296",): "seed must be <= 4294967295, got 4294967296; type seed=42",
+    ("optimizer.lr=inf",): "optimizer.lr must be <= 1000000, got inf; type for example "
+    "optimizer.lr=0.01",
+    ("optimizer.lr=nan",): "optimizer.lr must be > 0, got nan; type for example optimizer.lr=0.01",
+    ("model=custom", "model._target_=theirs.LitModel", "+model.lr=nan"): "model.lr must be a "
+    "number, got nan; leave it out, or type a number",
+    ("averaging=swa", "averaging.lr=[0.1,nan]"): "averaging.lr must be > 0, or a list of such "
+    "numbers, got [0.1, nan]; to leave the schedule alone type averaging.lr=null",
+    ("averaging=ema", "averaging.start_epoch=-1"): "averaging.start_epoch must be >= 0, got -1; "
+    "for no bound type averaging.start_epoch=null",
+    ("trainer.max_minutes=inf",): "trainer.max_minutes must be <= 5270400, got inf; for no limit "
+    "type trainer.max_minutes=null",
+    ("trainer.limit_train_batches=0",): "trainer.limit_train_batches must leave a batch to train "
+    "on, got 0; for all batches type trainer.limit_train_batches=null",
+    ("trainer.check_val_every_n_epoch=null",): "trainer.val_check_interval must be a count of "
+    "micro-batches where trainer.check_val_every_n_epoch is null, got 1.0; type "
+    "trainer.val_check_interval=100, or trainer.check_val_every_n_epoch=1",
+    ("callbacks.checkpoint.dirpath=",): "callbacks.checkpoint.dirpath must not be empty, got ''; "
+    "type 'callbacks.checkpoint.dirpath=${run_dir}/checkpoints'",
+    ("tuned=",): "tuned must not be empty, got ''; type tuned=runs/NAME/tuned.yaml, or tuned=null",
+    ("name=",): "name must not be empty, got ''; type name=mine",
+    ("name=a/../../b",): "name must be that of a folder, which no dot begins, got a/../../b; type "
+    "name=mine",
+    ("name=.tuned",): "name must be that of a folder, which no dot begins, got .tuned; type "
+    "name=mine",
+    ("name='a\tb'",): "name must hold no control characters, got 'a\\tb'; type name=mine",
+    (f"name={'x' * 201}",): f"name must be at most 200 bytes long, got {'x' * 201}; type name=mine",
     ("data=custom", "data._target_=theirs.LitData"): "model.in_features: interpolation key "
     "'data.num_features' not found; type model.in_features=VALUE",
     ("fit=false",): "fit must be true where tuner is off, got False; use tuner=full",
@@ -43,7 +82,7 @@ KEYS = {
         "trainer.devices=3",
     ): "accumulate.batch_size must be a multiple of 384 (micro-batch 128 x world size 3), got 128; "
     "the nearest that work: accumulate.batch_size=384",
-    ("trainer.devices=some",): "trainer.devices must be >= 1 or auto, got some; type "
+    ("trainer.devices=some",): "trainer.devices must be >= 1, up to 1024, or auto, got some; type "
     "trainer.devices=2 strategy=ddp",
 }
 COMBINATIONS = {
@@ -88,6 +127,12 @@ COMBINATIONS = {
     "type trainer.sync_batchnorm=false",
     ("trainer.sync_batchnorm=true",): "trainer.sync_batchnorm has no effect with strategy=single; "
     "type strategy=ddp, or trainer.sync_batchnorm=false",
+    ("model.in_features=39",): "model.in_features must be the data's 40, got 39; leave it out",
+    ("model.num_classes=3",): "model.num_classes must be at least the data's 10, got 3; leave it "
+    "out",
+    ("callbacks.checkpoint.monitor=zzz",): "callbacks.checkpoint.monitor must be one of "
+    "train_loss, val_loss, val_acc, test_loss, test_acc, raw_val_loss, raw_val_acc, which the "
+    "model logs, got zzz; type callbacks.checkpoint.monitor=val_loss",
     ("precision=tf32", "trainer.accelerator=cpu"): "precision=tf32 needs a GPU: "
     "trainer.accelerator=cpu has no TF32; use precision=fp32",
     ("precision=fp8", "trainer.accelerator=cpu"): "precision=fp8 needs a GPU: "
@@ -146,5 +191,5 @@ def test_a_target_of_another_kind_is_refused(checked: Callable[..., Any], key: s
     config = checked("model.in_features=40", "model.num_classes=10") | {
         key: {"_target_": "collections.OrderedDict"}
     }
-    with pytest.raises(TypeError, match=f"^{key}._target_ must be a Lightning"):
+    with pytest.raises(Refused, match=f"^{key}._target_ must be a Lightning"):
         build(config, [])

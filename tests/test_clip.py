@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import refuse
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
@@ -547,7 +548,7 @@ def test_clip_norm_lost_the_norm_is_reported_since_the_last_call() -> None:
 
 def test_clip_negative_is_refused() -> None:
     with pytest.raises(ValueError, match="max_norm") as caught:
-        NormSchema(max_norm=-1.0, norm_type=2.0, nonfinite="skip")
+        refuse("clip", NormSchema(max_norm=-1.0, norm_type=2.0, nonfinite="skip"))
     assert str(caught.value) == (
         "clip.max_norm must be > 0, got -1.0; to switch clipping off use clip=none"
     )
@@ -603,7 +604,7 @@ def test_a_number_out_of_range_is_refused(
     schema: Any, good: dict[str, Any], bad: dict[str, Any], text: str
 ) -> None:
     with pytest.raises(ValueError, match="must") as caught:
-        schema(**good, **bad, nonfinite="skip")
+        refuse("clip", schema(**good, **bad, nonfinite="skip"))
     assert str(caught.value) == f"clip.{next(iter(bad))} must {text}"
 
 

@@ -47,7 +47,18 @@ def test_a_schema_holds_no_numbers_and_documents_every_field(shape: Any) -> None
             )
             lines = inspect.getsource(owner).splitlines()
             at = next(i for i, line in enumerate(lines) if line.startswith(f"    {name}:"))
-            assert lines[at + 1].startswith('    """'), f"{owner.__name__}.{name} in {source[:40]}"
+            text = next(line for line in lines[at + 1 :] if line[:5] not in ("     ", "    )"))
+            assert text.startswith('    """'), f"{owner.__name__}.{name} in {source[:40]}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_number_has_two_ends_and_a_text_something_in_it(shape: Any) -> None:
+    node = OmegaConf.structured(shape)
+    for name, field in settings(shape).items():
+        kind = str(node._get_node(name)._metadata.ref_type)
+        is_list = getattr(node._get_node(name)._metadata, "element_type", None)
+        if int in (node._get_node(name)._metadata.ref_type, is_list) or "float'" in kind:
+            assert field.metadata, f"{name} has no range"
 
 
 @pytest.mark.parametrize("preset", PRESETS)

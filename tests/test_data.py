@@ -13,8 +13,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, TensorDataset
 
+from app.config import refuse_values
 from app.data.memory import InMemoryLoader, epoch_order
 from app.data.mnist1d import FILE
+from app.errors import Refused
 
 CONF = Path(__file__).parents[1] / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if path.stem != "custom")
@@ -39,6 +41,7 @@ def build(preset: str, *overrides: str) -> Any:
         pytest.importorskip("sklearn")
     with initialize_config_module("app.conf", version_base="1.3"):
         cfg = compose(overrides=[f"+data={preset}", *NEEDED.get(preset, []), *overrides])
+    refuse_values(cfg)
     OmegaConf.to_object(cfg)
     return instantiate(cfg.data)
 
@@ -149,7 +152,7 @@ def test_digits_without_training_images_are_refused() -> None:
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     data = build("digits")
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError) as error:
+    with pytest.raises(Refused) as error:
         data.setup("fit")
     assert str(error.value) == "data=digits needs scikit-learn: pip install 'app[digits]'"
 

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from app.build import build
+from app.config import refuse_values
 from app.data.graph import Csr, Graph, NeighbourLoader, block_model, csr, sample_neighbourhoods
 from app.data.memory import generator_of
 from app.models.graphsage import GraphSage, MeanAggregation
@@ -22,6 +23,7 @@ TINY = ("data.num_nodes=400", "data.batch_size=32", "data.fanouts=[3,2]")
 def make(*overrides: str) -> Graph:
     with initialize_config_module("app.conf", version_base="1.3"):
         cfg = compose(overrides=["+data=graph", *TINY, *overrides])
+    refuse_values(cfg)
     OmegaConf.to_object(cfg)
     return instantiate(cfg.data, _convert_="all")
 

@@ -31,8 +31,9 @@ for number in range(100):
     error = "long " * 300 + f"{writer} {number}"
     journal.write([{"event": "job", "job": writer, "state": "failed", "error": error}])
 """
-SWEEP = {"event": "sweep", "command": ["python"], "cwd": "/", "definition": {}, "hash": "0",
-         "jobs": []}  # fmt: skip
+DEFINITION: dict[str, Any] = {"config": "train", "config_dirs": [], "overrides": []}
+SWEEP = {"event": "sweep", "command": ["python"], "cwd": "/", "definition": DEFINITION,
+         "hash": "0", "jobs": []}  # fmt: skip
 
 
 def test_events_of_four_writers_at_once_are_all_there_and_whole(tmp_path: Path) -> None:
@@ -83,9 +84,11 @@ def test_later_events_win_and_an_error_belongs_to_its_attempt(tmp_path: Path) ->
 
 def test_jobs_are_known_again_by_what_was_typed_whatever_their_order(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path)
-    first = folder.add({}, [["seed=1", "launch=local"], ["seed=2"], ["seed=2"]])
+    first = folder.add(DEFINITION, [["seed=1", "launch=local"], ["seed=2"], ["seed=2"]])
     assert [job.job for job in first] == [0, 1, 2]
-    again = folder.add({}, [["seed=3"], ["seed=2", "launch.retries=1"], ["seed=1"], ["seed=2"]])
+    again = folder.add(
+        DEFINITION, [["seed=3"], ["seed=2", "launch.retries=1"], ["seed=1"], ["seed=2"]]
+    )
     assert [job.job for job in again] == [3, 1, 0, 2]
 
 
@@ -171,6 +174,40 @@ def test_another_sweep_in_the_folder_is_refused_by_what_changed_or_moved_aside(
     folder, _ = claim(sweeping(FIXED, "seed=1,3", "resume=never"))
     assert folder.journal.read() is None
     assert Journal(Path("sweep.1")).read() is not None
+
+
+def test_a_sweep_goes_on_without_torn_lines_and_passes_over_what_is_no_journal(
+    sweeping: Sweeping, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = begun(sweeping(STAMPED, "seed=1,2"))
+    held.release()
+    with held.journal.path.open("a") as file:
+        file.write("once upon a time\n\n")
+    other = Path("multirun/zz/journal.jsonl")
+    other.parent.mkdir()
+    other.write_text("{}\n")
+    capsys.readouterr()
+    same, _ = claim(sweeping(STAMPED, "seed=1,2"))
+    assert same.path == held.path
+    assert capsys.readouterr().out == (
+        f"passed over: {other} cannot be read: no line says which sweep it is of; 1 line is torn, "
+        f"or none of ours, and skipped: 1\n{held.journal.path}: 2 lines are torn, or none of ours, "
+        "and skipped: 5, 6\n"
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 500, b'{"event": "swe'])
+def test_a_sweep_whose_journal_was_lost_begins_anew_and_says_so(
+    sweeping: Sweeping, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    held = begun(sweeping(FIXED, "seed=1,2"))
+    held.release()
+    held.journal.path.write_bytes(content)
+    capsys.readouterr()
+    same = begun(sweeping(FIXED, "seed=1,2"))
+    said = "sweep/journal.jsonl holds no whole line; the sweep begins anew\n"
+    assert capsys.readouterr().out == said
+    assert [job.state for job in same.journal.required().jobs.values()] == ["finished", "queued"]
 
 
 def test_a_folder_that_is_held_is_refused_with_the_process(sweeping: Sweeping) -> None:

@@ -1,11 +1,13 @@
 """Real processes of this machine: what they tell each other, and what is seen when one fails."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def fail(how: str) -> None:
     """Rank 1 fails; rank 0 then waits for it in a collective."""
     torch.distributed.init_process_group("gloo")
     if ranks().rank == 1:
-        if how == "raises":
+        if how in ("raises", "leaves a deaf one"):
             raise LookupError("the data are gone")
         if how == "refuses":
             raise Refused("clip.max_norm must be > 0, got -1; type clip.max_norm=1")
@@ -71,6 +73,9 @@ def fail(how: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "exits":
             sys.exit(130)
+    elif how == "leaves a deaf one":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(60)
     torch.distributed.barrier()
     time.sleep(60)
 
@@ -89,6 +94,19 @@ def test_the_first_failure_is_shown_with_its_rank_and_its_traceback() -> None:
 def test_a_killed_rank_is_named_and_nothing_stays() -> None:
     with pytest.raises(RankFailed, match=r"rank 1 .* was ended by SIGKILL; was memory short"):
         start(fail, "is killed")
+
+
+def test_a_rank_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.launch.local.KILL_AFTER_S", 0.5)
+    with pytest.raises(RankFailed, match=r"rank 1 failed"):
+        start(fail, "leaves a deaf one")
+
+
+def test_a_thread_can_start_ranks_as_a_notebook_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIVEN", "")
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(start, introduce, torch.ones(1), "").result()
+    assert found["gathered"] == [{"rank": 0}, {"rank": 1}]
 
 
 @pytest.mark.parametrize(("how", "error"), [("refuses", Refused), ("exits", SystemExit)])
@@ -149,8 +167,13 @@ def is_alive(pid: int) -> bool:
     return state != "Z"
 
 
-@pytest.mark.parametrize("start_method", STARTS)
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("start_method", "by"),
+    [
+        *itertools.product(STARTS, (signal.SIGKILL, signal.SIGTERM)),
+        *itertools.product(STARTS[:1], (signal.SIGHUP, signal.SIGUSR2)),
+    ],
+)
 def test_no_rank_outlives_the_launcher(tmp_path: Path, start_method: str, by: int) -> None:
     (tmp_path / "launcher.py").write_text(LAUNCHER)
     launcher = subprocess.Popen(

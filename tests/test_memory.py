@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import refuse
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
@@ -205,5 +206,5 @@ def test_what_cannot_be_done_is_refused(typed: tuple[str, ...]) -> None:
         key, _, value = override.removeprefix("memory.").partition("=")
         settings[key] = ["Linear"] if key == "classes" else int(value)
     with pytest.raises(ValueError, match="memory") as refusal:
-        Schema(**settings)
+        refuse("memory", Schema(**settings))
     assert str(refusal.value) == MESSAGES[typed]

@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from omegaconf import OmegaConf
 
+from app.config import refuse_values
 from app.data.memory import InMemoryLoader
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -32,6 +33,7 @@ def _one_thread() -> Iterator[None]:
 def build(preset: str, *overrides: str, data: str = "mnist1d") -> Any:
     with initialize_config_module("app.conf", version_base="1.3"):
         cfg = compose(overrides=[f"+data={data}", f"+model={preset}", *overrides])
+    refuse_values(cfg)
     OmegaConf.to_object(cfg)
     torch.manual_seed(0)
     return instantiate(cfg.model)

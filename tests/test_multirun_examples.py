@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig, OmegaConf
 
-from app.check import check
+from app.config import check
 from app.errors import Refused
 from app.folder import RunFolder
 from app.report.reading import read_runs

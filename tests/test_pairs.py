@@ -12,7 +12,7 @@ from conftest import SMALL
 
 from app import conf
 from app.build import build
-from app.check import check
+from app.config import check
 from app.errors import Refused
 
 TECHNIQUES = ("accumulate", "clip", "averaging")

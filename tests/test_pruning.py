@@ -12,7 +12,7 @@ import pytest
 from conftest import SMALL
 from omegaconf import DictConfig
 
-from app.check import check
+from app.config import check
 from app.errors import Refused
 from app.study import PRUNED, STORAGE, STUDY, open_study, url
 from app.train import pruning_of, run

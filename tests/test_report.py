@@ -330,7 +330,7 @@ def test_nested_runs_are_sorted_as_numbers_and_checkpoints_are_not_searched(tmp_
 def test_a_configuration_is_compared_with_the_one_of_the_most_runs(tmp_path: Path) -> None:
     write_run(tmp_path / "0", averaging=EMA)
     for seed in (1, 2):
-        write_run(tmp_path / f"1{seed}", seed=seed, logger={"_target_": str(seed)})
+        write_run(tmp_path / f"1{seed}", seed=seed, logger={"csv": {"_target_": str(seed)}})
     report = summary(tmp_path)
     assert report.common == "averaging=none"
     ema, usual = sorted(report.rows, key=lambda row: row.values)
@@ -459,9 +459,14 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_are_reported(tmp_pat
     write_run(tmp_path / "a")
     write_run(tmp_path / "b")
     (tmp_path / "b/config.yaml").write_text("a: [")
+    (tmp_path / "a/overrides.yaml").write_text("a: 1")
     report = summary(tmp_path)
     assert len(report.rows) == 1
-    assert f"{tmp_path}/b/config.yaml cannot be read and is left out: " in terminal(report)
+    printed = terminal(report)
+    assert f"{tmp_path}/b  unreadable\n  {tmp_path}/b/config.yaml cannot be read: " in printed
+    assert printed.splitlines()[0].endswith("2 runs (1 finished, 1 unreadable) of 1 configuration")
+    assert f"\n{tmp_path}/a/overrides.yaml cannot be read: it holds a dict where a list" in printed
+    assert command(report.runs[0]) is None
 
 
 # commands
@@ -597,13 +602,15 @@ def test_a_report_can_be_made_again_and_leaves_the_run_as_it_was(tmp_path: Path)
 def test_a_curve_is_the_mean_over_seeds_where_all_have_a_value(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("step,val_acc,lr\n0,0.5,1\n1,,1\n4,0.75,1\n5,0.")
-    curves = read_curves(path, ["val_acc", "missing"])
+    told: list[str] = []
+    curves = read_curves(path, ["val_acc", "missing"], told)
     assert curves == {"val_acc": {1.0: 0.5, 5.0: 0.75}, "missing": {}}
+    assert told == [f"{path}: 1 line is torn, or none of ours, and skipped: 5"]
     line = averaged("x", [{1.0: 0.25, 5.0: 0.75}, {1.0: 0.75, 3.0: 9.0}])
     assert line is not None
     assert (line.steps, line.mean, line.low, line.high, line.n) == ([1], [0.5], [0.25], [0.75], 2)
     assert averaged("x", [{1.0: 1.0}, {2.0: 1.0}]) is None
-    assert read_curves(tmp_path / "none.csv", ["a"]) == {"a": {}}
+    assert read_curves(tmp_path / "none.csv", ["a"], told) == {"a": {}}
 
 
 def test_labels_that_matplotlib_would_read_are_drawn_as_they_are(tmp_path: Path) -> None:

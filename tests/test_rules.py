@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
 from app.build import Run, build
-from app.check import check
+from app.config import check
 from app.errors import Refused
 
 
@@ -68,6 +68,11 @@ FAILURES = [
     (("averaging=ema", "averaging.validate=both", NO_VALIDATION), silent(), logged_no_raw_metric),
     (("precision=fp16",),
      pytest.warns(UserWarning, match="Using `precision='bf16-mixed'` instead"), trained),
+    (("model.in_features=39",),
+     pytest.raises(RuntimeError, match="unflatten: Provided sizes"), None),
+    (("model.num_classes=3",), pytest.raises(IndexError, match=r"Target . is out of bounds"), None),
+    (("callbacks.checkpoint.monitor=zzz",),
+     pytest.warns(UserWarning, match="monitor=zzz is not logged by Cnn1d"), trained),
     (("model=graphsage",), pytest.raises(IndexError, match="too many indices for tensor"), None),
     (("data=graph", "data.num_nodes=400"),
      pytest.raises(RuntimeError, match="unflatten: Provided sizes"), None),

@@ -17,7 +17,7 @@ from conftest import SMALL
 from omegaconf import DictConfig, OmegaConf
 
 from app.build import build
-from app.check import check
+from app.config import check
 from app.errors import Refused
 from app.launch.local import run_local
 from app.launch.ranks import ranks

@@ -190,11 +190,11 @@ def test_data_without_a_test_part_is_trained_on_all_the_same(
     assert "test_loss" not in train(without, folder)["metrics"]
 
 
-@pytest.mark.parametrize("monitor", ["accuracy", "null"])
+@pytest.mark.parametrize("monitor", ["raw_val_loss", "null"])
 def test_without_the_monitored_metric_the_last_checkpoint_is_tested(
     trained: Callable[..., Any], monitor: str
 ) -> None:
-    text = "accuracy is not logged by Cnn1d, which logs"
+    text = "raw_val_loss is not logged by Cnn1d, which logs"
     with nullcontext() if monitor == "null" else pytest.warns(UserWarning, match=text):
         result = trained(f"callbacks.checkpoint.monitor={monitor}")
     assert Path(result["checkpoints"]["best"]).name == "last.ckpt"
@@ -207,9 +207,10 @@ def test_a_checkpoint_never_names_code(tmp_path: Path) -> None:
     with pytest.warns(
         UserWarning, match="hyper_parameters.activation holds a builtins.type; it is"
     ):
-        files.save_checkpoint({"hyper_parameters": hyper_parameters}, path)
-    assert files.load_checkpoint(path) == {"hyper_parameters": {"lr": 0.2, "where": str(tmp_path)}}
-    with pytest.raises(TypeError) as refusal:
+        files.save_checkpoint({"state_dict": {}, "hyper_parameters": hyper_parameters}, path)
+    kept = {"lr": 0.2, "where": str(tmp_path)}
+    assert files.load_checkpoint(path) == {"state_dict": {}, "hyper_parameters": kept}
+    with pytest.raises(Refused) as refusal:
         files.save_checkpoint({"callbacks": {"Theirs": {"seen": [1, Failing()]}}}, path)
     assert str(refusal.value) == (
         "checkpoint: callbacks.Theirs.seen[1] holds a test_train.Failing; a checkpoint holds "

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from theirs import LitData, LitModel, TwoOptimizers
 
 from app.build import build
-from app.check import check
+from app.config import check
 from app.errors import Refused
 from app.launch.asked import asked
 from app.tuner.answers import cache_key, read_tuned

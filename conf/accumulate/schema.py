@@ -21,7 +21,12 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from ..rules import require
+from ..rules import count, require, text
+
+OFF = "to switch accumulation off use accumulate=none"
+SCHEDULE = "type for example 'accumulate.starts=[0,4]' 'accumulate.factors=[1,8]'"
+MOST = 1_000_000
+"""Micro-batches of a step."""
 
 
 class By(str, Enum):
@@ -36,13 +41,10 @@ class ConstantAccumulation:
     """The same number of micro-batches in every optimizer step."""
 
     _target_: str = "app.accumulate.ConstantAccumulation"
-    factor: int = MISSING
+    factor: int = count(at_most=MOST, instead=OFF)
     """Micro-batches per optimizer step, >= 1."""
-    weight_by: str | None = MISSING
+    weight_by: str | None = text(instead="for plain means type {key}=null")
     """Key or attribute of the batch with its count (a number, or a tensor that is summed)."""
-
-    def __post_init__(self) -> None:
-        _require_factor("accumulate.factor", self.factor)
 
 
 @dataclass(kw_only=True)
@@ -52,11 +54,11 @@ class ScheduledAccumulation:
     _target_: str = "app.accumulate.ScheduledAccumulation"
     by: By = MISSING
     """epoch or step: what `starts` counts, from 0."""
-    starts: list[int] = MISSING
+    starts: list[int] = count(at_least=0, instead=SCHEDULE)
     """First epoch (or optimizer step) of each factor: rising from 0."""
-    factors: list[int] = MISSING
+    factors: list[int] = count(at_most=MOST, instead=OFF)
     """Micro-batches per optimizer step from each start on, >= 1."""
-    weight_by: str | None = MISSING
+    weight_by: str | None = text(instead="for plain means type {key}=null")
     """Key or attribute of the batch with its count (a number, or a tensor that is summed)."""
 
     def __post_init__(self) -> None:
@@ -66,17 +68,15 @@ class ScheduledAccumulation:
             "accumulate.starts",
             "rise from 0",
             starts,
-            "type for example 'accumulate.starts=[0,4]' 'accumulate.factors=[1,8]'",
+            SCHEDULE,
         )
         require(
             len(self.factors) == len(starts),
             "accumulate.factors",
             f"hold one factor for each of the {len(starts)} starts",
             list(self.factors),
-            "type for example 'accumulate.starts=[0,4]' 'accumulate.factors=[1,8]'",
+            SCHEDULE,
         )
-        for factor in self.factors:
-            _require_factor("accumulate.factors", factor)
 
 
 @dataclass(kw_only=True)
@@ -84,26 +84,20 @@ class EffectiveBatch:
     """The factor that makes micro-batch x factor x world size the batch size asked for."""
 
     _target_: str = "app.accumulate.EffectiveBatch"
-    batch_size: int = MISSING
+    batch_size: int = count(instead=OFF)
     """Samples per optimizer step over all ranks, >= 1."""
-    micro_batch_size: int | None = MISSING
+    micro_batch_size: int | None = count(instead=OFF)
     """Samples per micro-batch and rank; null where neither data.batch_size nor model.batch_size
     tells it."""
-    weight_by: str | None = MISSING
+    weight_by: str | None = text(instead="for plain means type {key}=null")
     """Key or attribute of the batch with its count (a number, or a tensor that is summed)."""
 
     def __post_init__(self) -> None:
-        _require_factor("accumulate.batch_size", self.batch_size)
         if self.micro_batch_size is None:
             raise ValueError(
                 "accumulate.micro_batch_size must be given where neither data.batch_size nor "
                 "model.batch_size tells it; type accumulate.micro_batch_size=32"
             )
-        _require_factor("accumulate.micro_batch_size", self.micro_batch_size)
-
-
-def _require_factor(key: str, value: int) -> None:
-    require(value >= 1, key, "be >= 1", value, "to switch accumulation off use accumulate=none")
 
 
 PRESETS = {

@@ -23,7 +23,10 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ..rules import require
+from ..rules import MANY, count, number, require
+
+NO_START = "for no bound type {key}=null"
+OFF = "to switch averaging off use averaging=none"
 
 
 class Validate(str, Enum):
@@ -45,21 +48,16 @@ class Anneal(str, Enum):
 class Averaging:
     """What all averages have in common."""
 
-    start_step: int | None = MISSING
+    start_step: int | None = count(at_least=0, instead=NO_START)
     """Optimizer steps trained before the averaging may begin, >= 0; null: no bound."""
-    every_n_steps: int | None = MISSING
+    every_n_steps: int | None = count(instead="type {key}=1")
     """Optimizer steps from one update to the next, >= 1; null: one at the end of each epoch."""
     validate: Validate = MISSING
     """averaged or raw weights; both also logs `raw_<metric>`. Checkpoints are of the average."""
-    bn_batches: int | None = MISSING
+    bn_batches: int | None = count(instead="type {key}=1")
     """Training batches, >= 1, from which the average's BatchNorm statistics are computed, before
     it is evaluated, at the end of an epoch and of the run; null: running statistics are averaged
     like weights."""
-
-    def __post_init__(self) -> None:
-        _require_count("start_step", self.start_step, at_least=0)
-        _require_count("every_n_steps", self.every_n_steps, at_least=1)
-        _require_count("bn_batches", self.bn_batches, at_least=1)
 
 
 @dataclass(kw_only=True)
@@ -71,25 +69,26 @@ class Ema(Averaging):
     """
 
     _target_: str = "app.averaging.Ema"
-    every_n_steps: int = MISSING
+    every_n_steps: int = count(instead="type {key}=1")
     """Optimizer steps from one update to the next, >= 1."""
-    start_epoch: int | None = MISSING
+    start_epoch: int | None = count(at_least=0, instead=NO_START)
     """Epochs trained before the averaging may begin, >= 0; null: no bound."""
-    decay: float | None = MISSING
+    decay: float | None = number(at_least=0, below=1, rule="be from 0 to below 1", instead=OFF)
     """Share of the average an update keeps, 0 to below 1; null: from the half-life or horizon."""
-    half_life_steps: float | None = MISSING
+    half_life_steps: float | None = number(above=0, at_most=MANY, instead="type {key}=null")
     """Optimizer steps after which weights count half, > 0; instead of `decay`."""
-    horizon: float = MISSING
+    horizon: float = number(
+        above=0, at_most=1, rule="be above 0, up to 1", instead="type {key}=0.05"
+    )
     """Share of the run that the average remembers, above 0 to 1; 0.05 to 0.1 work well."""
     warmup: bool = MISSING
     """Whether the decay grows to its value: min(decay, 1 - (1 + updates / gamma)^-power)."""
-    warmup_gamma: float = MISSING
+    warmup_gamma: float = number(above=0, at_most=MANY, instead="type {key}=1.0")
     """Updates that the warm-up is counted in, > 0."""
-    warmup_power: float = MISSING
+    warmup_power: float = number(above=0, at_most=100, instead="type {key}=0.75")
     """Exponent of the warm-up, > 0; 2/3 for long runs, 3/4 for shorter ones."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _require_one_start("start_epoch", self.start_epoch, self.start_step)
         require(
             self.decay is None or self.half_life_steps is None,
@@ -98,23 +97,6 @@ class Ema(Averaging):
             self.decay,
             "type one of averaging.decay=null and averaging.half_life_steps=null",
         )
-        _require(
-            "decay",
-            self.decay,
-            self.decay is None or 0 <= self.decay < 1,
-            "be from 0 to below 1",
-            "to switch averaging off use averaging=none",
-        )
-        _require_positive("half_life_steps", self.half_life_steps, "null")
-        _require_positive("warmup_gamma", self.warmup_gamma, "1.0")
-        _require_positive("warmup_power", self.warmup_power, "0.75")
-        _require(
-            "horizon",
-            self.horizon,
-            0 < self.horizon <= 1,
-            "be above 0, up to 1",
-            "type averaging.horizon=0.05",
-        )
 
 
 @dataclass(kw_only=True)
@@ -122,11 +104,10 @@ class Uniform(Averaging):
     """The mean over all updates. Give it a start: the first weights of a run are poor."""
 
     _target_: str = "app.averaging.Uniform"
-    start_epoch: int | None = MISSING
+    start_epoch: int | None = count(at_least=0, instead=NO_START)
     """Epochs trained before the averaging may begin, >= 0; null: no bound."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _require_one_start("start_epoch", self.start_epoch, self.start_step)
 
 
@@ -141,38 +122,40 @@ class Swa(Averaging):
     start: int | float | None = MISSING
     """Epochs trained before (int, >= 0), or the share of trainer.max_epochs (float, 0 to below 1);
     null where `start_step` is given."""
-    lr: Any = MISSING
+    lr: Any = number(
+        above=0,
+        at_most=1_000_000,
+        rule="be > 0, or a list of such numbers",
+        instead="to leave the schedule alone type {key}=null",
+    )
     """Learning rate, > 0, that every parameter group is brought to from the start on, whatever the
     scheduler says: a number, or a list with one for each group of all optimizers; null: the
     schedule goes on."""
-    anneal_epochs: int | None = MISSING
+    anneal_epochs: int | None = count(at_least=0, instead="type {key}=1")
     """Epochs from the rate at the start to `lr`, >= 0; null where `anneal_steps` is given."""
-    anneal_steps: int | None = MISSING
+    anneal_steps: int | None = count(at_least=0, instead="type {key}=1")
     """The same in optimizer steps, >= 0, instead of `anneal_epochs`."""
     anneal_strategy: Anneal = MISSING
     """cos or linear."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _require_one_start("start", self.start, self.start_step)
         share = isinstance(self.start, float)
         _require(
             "start",
             self.start,
-            self.start is None or (0 <= self.start < 1 if share else self.start >= 0),
+            self.start is None or 0 <= self.start < (1 if share else MANY),
             "be epochs >= 0 (2) or a share from 0.0 to below 1.0 (0.5)",
-            "to switch averaging off use averaging=none",
+            OFF,
         )
         for rate in self.lr if isinstance(self.lr, list) else [self.lr]:
             _require(
                 "lr",
                 self.lr,
-                rate is None or (isinstance(rate, int | float) and rate > 0),
+                rate is None or isinstance(rate, int | float),
                 "be > 0, or a list of such numbers",
                 "to leave the schedule alone type averaging.lr=null",
             )
-        _require_count("anneal_epochs", self.anneal_epochs, at_least=0)
-        _require_count("anneal_steps", self.anneal_steps, at_least=0)
         one = (self.anneal_epochs is None) != (self.anneal_steps is None)
         require(
             one,
@@ -185,16 +168,6 @@ class Swa(Averaging):
 
 def _require(key: str, value: object, holds: bool, rule: str, instead: str) -> None:
     require(holds, f"averaging.{key}", rule, value, instead)
-
-
-def _require_count(key: str, value: int | None, *, at_least: int) -> None:
-    holds = value is None or value >= at_least
-    _require(key, value, holds, f"be >= {at_least}", f"type averaging.{key}={max(at_least, 1)}")
-
-
-def _require_positive(key: str, value: float | None, example: str) -> None:
-    holds = value is None or value > 0
-    _require(key, value, holds, "be > 0", f"type averaging.{key}={example}")
 
 
 def _require_one_start(key: str, start: float | None, start_step: int | None) -> None:

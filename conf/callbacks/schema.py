@@ -10,10 +10,13 @@ Add one with +callbacks.mine._target_=theirs.Callback.
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
 
 from omegaconf import MISSING
 
-from ..rules import require
+from ..rules import MANY, TEN_YEARS_MIN, count, folder, number, text
+
+AT_THE_ENDS = "for the epochs' ends only type {key}=null"
 
 
 class Mode(str, Enum):
@@ -28,27 +31,16 @@ class Checkpoints:
     """Keep the best checkpoint, the last one, and the one before the last."""
 
     _target_: str = "app.checkpoint.Checkpoints"
-    dirpath: str = MISSING
+    dirpath: str = folder(instead="type '{key}=${{run_dir}}/checkpoints'")
     """Folder of the checkpoints."""
-    monitor: str | None = MISSING
+    monitor: str | None = text(instead="to keep no best one type {key}=null")
     """Metric of the validation that decides which is best; null keeps no best one."""
     mode: Mode = MISSING
     """min or max: which values of the metric are better."""
-    every_n_steps: int | None = MISSING
+    every_n_steps: int | None = number(above=0, at_most=MANY, instead=AT_THE_ENDS)
     """Also after this many optimizer steps, >= 1; null = at the epochs' ends."""
-    every_min: float | None = MISSING
+    every_min: float | None = number(above=0, at_most=TEN_YEARS_MIN, instead=AT_THE_ENDS)
     """Also after this many minutes, > 0; null = at the epochs' ends."""
-
-    def __post_init__(self) -> None:
-        for key in ("every_n_steps", "every_min"):
-            value = getattr(self, key)
-            require(
-                value is None or value > 0,
-                f"callbacks.checkpoint.{key}",
-                "be > 0",
-                value,
-                f"for the epochs' ends only type callbacks.checkpoint.{key}=null",
-            )
 
 
 @dataclass(kw_only=True)
@@ -56,31 +48,14 @@ class EarlyStopping:
     """End the run when a metric has not improved for some validations."""
 
     _target_: str = "lightning.pytorch.callbacks.EarlyStopping"
-    monitor: str = MISSING
+    monitor: str = text(instead="type {key}=val_loss")
     """Metric of the validation."""
     mode: Mode = MISSING
     """min or max: which values of the metric are better."""
-    patience: int = MISSING
+    patience: int = count(instead="type {key}=5")
     """Validations without an improvement, >= 1."""
-    min_delta: float = MISSING
+    min_delta: float = number(at_least=0, at_most=MANY, instead="type {key}=0")
     """Smallest change that counts as an improvement, >= 0."""
-
-    def __post_init__(self) -> None:
-        key = "callbacks.early_stopping"
-        require(
-            self.patience >= 1,
-            f"{key}.patience",
-            "be >= 1",
-            self.patience,
-            f"type {key}.patience=5",
-        )
-        require(
-            self.min_delta >= 0,
-            f"{key}.min_delta",
-            "be >= 0",
-            self.min_delta,
-            f"type {key}.min_delta=0",
-        )
 
 
 @dataclass(kw_only=True)
@@ -88,23 +63,15 @@ class Progress:
     """A line per epoch, and in a terminal a bar below."""
 
     _target_: str = "app.progress.progress"
-    refresh_every_n_batches: int = MISSING
+    refresh_every_n_batches: int = count(instead="type {key}=20")
     """How often the bar is drawn, >= 1."""
-
-    def __post_init__(self) -> None:
-        key = "callbacks.progress.refresh_every_n_batches"
-        require(
-            self.refresh_every_n_batches >= 1,
-            key,
-            "be >= 1",
-            self.refresh_every_n_batches,
-            f"type {key}=20",
-        )
 
 
 @dataclass(kw_only=True)
 class Callbacks:
     """Callbacks by name."""
+
+    _takes_others_: ClassVar[bool] = True
 
     checkpoint: Checkpoints | None = None
     early_stopping: EarlyStopping | None = None

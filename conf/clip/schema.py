@@ -22,10 +22,11 @@ A rule of your own: a class with one method, `measure` of `app.clip.Clip`, and a
 
 from dataclasses import dataclass
 from enum import Enum
+from math import inf
 
 from omegaconf import MISSING
 
-from ..rules import require
+from ..rules import MANY, number
 
 OFF = "to switch clipping off use clip=none"
 
@@ -43,18 +44,12 @@ class NormClip:
     """Scale all gradients of an optimizer so that their common norm is at most `max_norm`."""
 
     _target_: str = "app.clip.NormClip"
-    max_norm: float = MISSING
+    max_norm: float = number(above=0, at_most=inf, instead=OFF)
     """Upper bound of the norm, > 0; `inf` only measures."""
-    norm_type: float = MISSING
+    norm_type: float = number(above=0, at_most=inf, instead="type {key}=2")
     """p of the p-norm, > 0; `inf` bounds the largest element."""
     nonfinite: NonFinite = MISSING
     """skip the step, stop with an error, or zero the non-finite elements and clip the rest."""
-
-    def __post_init__(self) -> None:
-        require(self.max_norm > 0, "clip.max_norm", "be > 0", self.max_norm, OFF)
-        require(
-            self.norm_type > 0, "clip.norm_type", "be > 0", self.norm_type, "type clip.norm_type=2"
-        )
 
 
 @dataclass(kw_only=True)
@@ -62,13 +57,10 @@ class ValueClip:
     """Clamp every gradient element to [-max_value, max_value]."""
 
     _target_: str = "app.clip.ValueClip"
-    max_value: float = MISSING
+    max_value: float = number(above=0, at_most=inf, instead=OFF)
     """Upper bound of an element's absolute value, > 0; `inf` only measures."""
     nonfinite: NonFinite = MISSING
     """skip the step, stop with an error, or zero the non-finite elements and clip the rest."""
-
-    def __post_init__(self) -> None:
-        require(self.max_value > 0, "clip.max_value", "be > 0", self.max_value, OFF)
 
 
 @dataclass(kw_only=True)
@@ -76,9 +68,9 @@ class AdaptiveClip:
     """Scale each output unit's gradient to at most `clip_factor` times the norm of its weights."""
 
     _target_: str = "app.clip.AdaptiveClip"
-    clip_factor: float = MISSING
+    clip_factor: float = number(above=0, at_most=1_000_000, instead=OFF)
     """Upper bound of gradient norm / weight norm, > 0; smaller for larger batches."""
-    eps: float = MISSING
+    eps: float = number(above=0, at_most=1_000_000, instead="type {key}=1e-3")
     """Lower bound of the weight norm, > 0: lets units that start at zero move."""
     exclude_head: bool = MISSING
     """Leave alone the last module in definition order that owns a trainable matrix."""
@@ -87,34 +79,23 @@ class AdaptiveClip:
     nonfinite: NonFinite = MISSING
     """skip the step, stop with an error, or zero the non-finite elements and clip the rest."""
 
-    def __post_init__(self) -> None:
-        require(self.clip_factor > 0, "clip.clip_factor", "be > 0", self.clip_factor, OFF)
-        require(self.eps > 0, "clip.eps", "be > 0", self.eps, "type clip.eps=1e-3")
-
 
 @dataclass(kw_only=True)
 class PercentileClip:
     """Scale all gradients so that their norm is at most a percentile of the norms so far."""
 
     _target_: str = "app.clip.PercentileClip"
-    percentile: float = MISSING
+    percentile: float = number(above=0, at_most=100, rule="be in (0, 100]", instead=OFF)
     """Which percentile of the history bounds the norm, in (0, 100]; 100 never clips."""
-    history: int | None = MISSING
+    history: int | None = number(
+        at_least=2,
+        at_most=MANY,
+        rule="be >= 2 or null",
+        instead="to keep every step type {key}=null",
+    )
     """Length of the history in optimizer steps, >= 2; null keeps (and saves) every step."""
     nonfinite: NonFinite = MISSING
     """skip the step, stop with an error, or zero the non-finite elements and clip the rest."""
-
-    def __post_init__(self) -> None:
-        require(
-            0 < self.percentile <= 100, "clip.percentile", "be in (0, 100]", self.percentile, OFF
-        )
-        require(
-            self.history is None or self.history >= 2,
-            "clip.history",
-            "be >= 2 or null",
-            self.history,
-            "to keep every step type clip.history=null",
-        )
 
 
 PRESETS = {

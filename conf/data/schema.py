@@ -15,31 +15,30 @@ dimension for each of `data.fanouts`.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 from omegaconf import MISSING
 
-from ..rules import require
+from ..rules import count, number, require
+
+LARGEST_SEED = 2**32 - 1
+MOST_NEIGHBOURS = 100_000
 
 
 @dataclass(kw_only=True)
 class InMemoryData:
     """What every data set in memory has."""
 
-    batch_size: int = MISSING
+    batch_size: int = count(instead="type {key}=128")
     """Samples in one training batch of one process, >= 1; the last of an epoch may be smaller."""
-    eval_batch_size: int = MISSING
+    eval_batch_size: int = count(instead="type {key}=128")
     """Samples in one batch of validation, test and prediction, >= 1."""
     shuffle: bool = MISSING
     """A new order of the training samples every epoch; false: the order of the file."""
-    num_features: int = MISSING
+    num_features: int = count(at_most=4096, instead="type {key}=32")
     """Features of a sample, a fact of the data; models read it."""
-    num_classes: int = MISSING
+    num_classes: int = count(at_least=2, at_most=10_000, instead="type {key}=10")
     """Classes, a fact of the data; models read it."""
-
-    def __post_init__(self) -> None:
-        for key in ("batch_size", "eval_batch_size"):
-            size = getattr(self, key)
-            require(size >= 1, f"data.{key}", "be >= 1", size, f"type data.{key}=128")
 
 
 @dataclass(kw_only=True)
@@ -54,26 +53,12 @@ class Digits(InMemoryData):
     """scikit-learn's handwritten digits, split by a seed of their own."""
 
     _target_: str = "app.data.digits.Digits"
-    num_val: int = MISSING
+    num_val: int = count(instead="type {key}=300")
     """Images to validate on, >= 1."""
-    num_test: int = MISSING
+    num_test: int = count(instead="type {key}=400")
     """Images to test on, >= 1; the rest of the 1,797 is trained on."""
-    split_seed: int = MISSING
+    split_seed: int = count(at_least=0, at_most=LARGEST_SEED, instead="type {key}=0")
     """Seed of the split, >= 0; apart from the run's seed, so that runs can be compared."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.num_val >= 1, "data.num_val", "be >= 1", self.num_val, "type data.num_val=300")
-        require(
-            self.num_test >= 1, "data.num_test", "be >= 1", self.num_test, "type data.num_test=400"
-        )
-        require(
-            self.split_seed >= 0,
-            "data.split_seed",
-            "be >= 0",
-            self.split_seed,
-            "type data.split_seed=0",
-        )
 
 
 @dataclass(kw_only=True)
@@ -85,40 +70,27 @@ class Graph(InMemoryData):
     """
 
     _target_: str = "app.data.graph.Graph"
-    num_nodes: int = MISSING
+    num_nodes: int = count(at_most=10_000_000, instead="type {key}=50000")
     """Nodes, a multiple of num_classes: classes are of equal size."""
-    degree_within: float = MISSING
+    degree_within: float = number(at_least=0, at_most=1000, instead="type {key}=18")
     """Neighbours of a node in its own class, >= 0, in the mean."""
-    degree_between: float = MISSING
+    degree_between: float = number(at_least=0, at_most=1000, instead="type {key}=22")
     """Neighbours of a node in all other classes, >= 0, in the mean."""
-    noise: float = MISSING
+    noise: float = number(at_least=0, at_most=1_000_000, instead="type {key}=5")
     """Standard deviation of a node's features, >= 0, where that of the means of classes is 1."""
-    graph_seed: int = MISSING
+    graph_seed: int = count(at_least=0, at_most=LARGEST_SEED, instead="type {key}=0")
     """Seed of the graph, its features and the split, >= 0; apart from the run's seed."""
-    train_share: float = MISSING
+    train_share: float = number(above=0, below=1, instead="type {key}=0.3")
     """Share of the nodes to train on, > 0."""
-    val_share: float = MISSING
+    val_share: float = number(above=0, below=1, instead="type {key}=0.1")
     """Share of the nodes to validate on, > 0; the nodes that are left are tested on."""
-    fanouts: list[int] = MISSING
+    fanouts: list[int] = count(at_most=1000, instead="type '{key}=[10,10]'")
     """Neighbours sampled at each hop, >= 1, with replacement; [] leaves the nodes' own features, as
     any model takes them."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for key, least, instead in (
-            ("num_features", 1, 32),
-            ("num_classes", 2, 10),
-            ("degree_within", 0, 18),
-            ("degree_between", 0, 22),
-            ("noise", 0, 5),
-            ("graph_seed", 0, 0),
-        ):
-            value = getattr(self, key)
-            require(
-                value >= least, f"data.{key}", f"be >= {least}", value, f"type data.{key}={instead}"
-            )
         require(
-            self.num_nodes > 0 and self.num_nodes % self.num_classes == 0,
+            self.num_nodes % self.num_classes == 0,
             "data.num_nodes",
             f"be a multiple of data.num_classes={self.num_classes}",
             self.num_nodes,
@@ -134,10 +106,11 @@ class Graph(InMemoryData):
             f"{self.train_share} and {self.val_share}",
             "type data.train_share=0.3 data.val_share=0.1",
         )
+        neighbours = prod(self.fanouts)
         require(
-            all(fanout >= 1 for fanout in self.fanouts),
+            neighbours <= MOST_NEIGHBOURS,
             "data.fanouts",
-            "be numbers >= 1",
+            f"multiply to at most {MOST_NEIGHBOURS} neighbours of a node",
             self.fanouts,
             "type 'data.fanouts=[10,10]'",
         )

@@ -20,7 +20,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ..rules import require
+from ..rules import TEN_YEARS_MIN, count, number, require, text
+
+NULL = "type {key}=null"
 
 
 class StartMethod(str, Enum):
@@ -41,27 +43,18 @@ OnFail = Enum("OnFail", {"continue": "continue", "stop": "stop"}, type=str)
 class Local:
     """A queue over the devices of this machine."""
 
-    slots: int | None = MISSING
+    slots: int | None = count(at_most=4096, instead=NULL)
     """Devices that the jobs use, >= 1; null = every GPU, or every core where there is none."""
-    devices_per_job: int | None = MISSING
+    devices_per_job: int | None = count(at_most=1024, instead=NULL)
     """Devices that a job gets, >= 1; null = as many as its trainer.devices says."""
     start_method: StartMethod = MISSING
     """forkserver imports torch once for all jobs; spawn once a job."""
-    retries: int = MISSING
+    retries: int = count(at_least=0, at_most=1000, instead="type {key}=1")
     """How often a job that failed is run again, from its last checkpoint, >= 0."""
     on_fail: OnFail = MISSING
     """continue runs the other jobs all the same; stop starts no more."""
-    jobs: list[int] | None = MISSING
+    jobs: list[int] | None = count(at_least=0, instead=NULL)
     """Numbers of the jobs to run; null = all that are not finished."""
-
-    def __post_init__(self) -> None:
-        for name in ("slots", "devices_per_job"):
-            value = getattr(self, name)
-            key = f"launch.{name}"
-            require(value is None or value >= 1, key, "be >= 1", value, f"type {key}=null")
-        require(
-            self.retries >= 0, "launch.retries", "be >= 0", self.retries, "type launch.retries=1"
-        )
 
 
 class OnInterrupt(str, Enum):
@@ -76,53 +69,40 @@ class OnInterrupt(str, Enum):
 class Slurm:
     """Jobs of SLURM; what is null is the cluster's choice."""
 
-    partition: str | None = MISSING
+    partition: str | None = text(instead=NULL)
     """Of the cluster."""
-    account: str | None = MISSING
+    account: str | None = text(instead=NULL)
     """Whose time it is."""
-    qos: str | None = MISSING
+    qos: str | None = text(instead=NULL)
     """Quality of service."""
-    constraint: str | None = MISSING
+    constraint: str | None = text(instead=NULL)
     """Features that the machines must have."""
-    timeout_min: int = MISSING
+    timeout_min: int = count(at_most=TEN_YEARS_MIN, instead="type {key}=60")
     """Time limit in minutes, >= 1; a longer run is requeued and goes on."""
-    cpus_per_task: int | None = MISSING
+    cpus_per_task: int | None = number(above=0, at_most=4096, instead=NULL)
     """Cores for each device, >= 1; DataLoader workers need some."""
-    mem_gb: float | None = MISSING
+    mem_gb: float | None = number(above=0, at_most=1_000_000, instead=NULL)
     """Memory of each machine in GB, > 0."""
     setup: list[str] = MISSING
     """Lines of shell before the run, such as 'module load cuda'."""
     options: dict[str, Any] = MISSING
     """More options of sbatch by their names: +launch.options.exclude=node7."""
-    max_parallel: int = MISSING
+    max_parallel: int = count(at_most=100_000, instead="type {key}=60")
     """Jobs of a sweep that run at the same time, >= 1."""
-    signal_s: int = MISSING
+    signal_s: int = count(at_most=60 * TEN_YEARS_MIN, instead="type {key}=60")
     """Seconds before the time limit at which a run saves and is requeued, >= 1: more than a step
     and a checkpoint take. SLURM signals up to half a minute earlier."""
-    max_requeues: int = MISSING
+    max_requeues: int = count(at_least=0, at_most=1_000_000, instead="type {key}=0")
     """How often a job may be run again, by a time-out, a pre-emption or a dead machine, >= 0; then
     it fails. A run goes on from there with the same command."""
     wait: bool = MISSING
     """Whether the command waits for its jobs; false prints their numbers and returns."""
     on_interrupt: OnInterrupt = MISSING
     """Ctrl-C while waiting: cancel the jobs, leave them, or ask; without a terminal ask leaves."""
-    jobs: list[int] | None = MISSING
+    jobs: list[int] | None = count(at_least=0, instead=NULL)
     """Numbers of the jobs to submit; null = all that are not finished."""
 
     def __post_init__(self) -> None:
-        for name, least in (("timeout_min", 1), ("max_parallel", 1), ("signal_s", 1)):
-            value, key = getattr(self, name), f"launch.{name}"
-            require(value >= least, key, f"be >= {least}", value, f"type {key}=60")
-        for name in ("cpus_per_task", "mem_gb"):
-            value, key = getattr(self, name), f"launch.{name}"
-            require(value is None or value > 0, key, "be > 0", value, f"type {key}=null")
-        require(
-            self.max_requeues >= 0,
-            "launch.max_requeues",
-            "be >= 0",
-            self.max_requeues,
-            "type launch.max_requeues=0",
-        )
         require(
             self.signal_s < 60 * self.timeout_min - SLURM_LOOKS_EVERY_S,
             "launch.signal_s",

@@ -8,8 +8,13 @@
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from omegaconf import MISSING
+
+from ..rules import folder, text
+
+IN_THE_RUN = "type '{key}=${{run_dir}}'"
 
 
 @dataclass(kw_only=True)
@@ -17,7 +22,7 @@ class MetricsCsv:
     """A line per logged optimizer step."""
 
     _target_: str = "app.metrics.MetricsCsv"
-    save_dir: str = MISSING
+    save_dir: str = folder(instead=IN_THE_RUN)
     """Folder of the file."""
 
 
@@ -26,9 +31,9 @@ class TensorBoardLogger:
     """Event files; look at them with `tensorboard --logdir runs`."""
 
     _target_: str = "lightning.pytorch.loggers.TensorBoardLogger"
-    save_dir: str = MISSING
+    save_dir: str = folder(instead=IN_THE_RUN)
     """Folder above the files."""
-    name: str = MISSING
+    name: str = text(instead="type {key}=tensorboard")
     """Folder of the files, below save_dir."""
     version: str = MISSING
     """Folder below name; empty = none."""
@@ -37,6 +42,8 @@ class TensorBoardLogger:
 @dataclass(kw_only=True)
 class Loggers:
     """Loggers by name; add one with +logger.mine._target_=theirs.Logger."""
+
+    _takes_others_: ClassVar[bool] = True
 
     csv: MetricsCsv | None = None
     tensorboard: TensorBoardLogger | None = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from ..rules import require
+from ..rules import count, require
 
 
 @dataclass(kw_only=True)
@@ -20,7 +20,7 @@ class Checkpointing:
     _target_: str = "app.memory.Checkpointing"
     classes: list[str] = MISSING
     """Names of the blocks' classes, as TransformerEncoderLayer; [] = by size."""
-    min_parameters: int | None = MISSING
+    min_parameters: int | None = count(instead="type {key}=100000")
     """By size: the modules with this many parameters beside those of blocks in them, >= 1."""
 
     def __post_init__(self) -> None:
@@ -37,13 +37,6 @@ class Checkpointing:
             "be null where memory.classes names the blocks",
             self.min_parameters,
             "type memory.min_parameters=null",
-        )
-        require(
-            self.min_parameters is None or self.min_parameters >= 1,
-            "memory.min_parameters",
-            "be >= 1",
-            self.min_parameters,
-            "type memory.min_parameters=100000",
         )
 
 

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from ..rules import require
+from ..rules import count, number, require
+
+WIDEST = 8192
+DEEPEST = 1000
 
 
 @dataclass(kw_only=True)
@@ -26,34 +29,34 @@ class Cnn1d:
     """Convolutions over the signal, then a linear head."""
 
     _target_: str = "app.models.cnn1d.Cnn1d"
-    in_features: int = MISSING
+    in_features: int = count(at_most=1_000_000, instead="type {key}=40")
     """Length of the signal, >= 1; the data's."""
-    num_classes: int = MISSING
+    num_classes: int = count(at_most=1_000_000, instead="type {key}=10")
     """Classes, >= 1; the data's."""
-    channels: int = MISSING
+    channels: int = count(at_most=4096, instead="type {key}=25")
     """Output channels of every layer, >= 1."""
-    kernel_sizes: list[int] = MISSING
+    kernel_sizes: list[int] = number(
+        at_least=1,
+        at_most=1000,
+        rule="be one or more numbers >= 1",
+        instead="type '{key}=[5,3,3]'",
+    )
     """Width of each layer's kernel, >= 1; as many layers as numbers, at least one."""
-    stride: int = MISSING
+    stride: int = count(at_most=1000, instead="type {key}=2")
     """Step of every kernel, >= 1."""
-    padding: int = MISSING
+    padding: int = count(at_least=0, at_most=1000, instead="type {key}=1")
     """Zeros at either end of every layer's input, >= 0."""
     batch_norm: bool = MISSING
     """Batch norm between each convolution and its ReLU."""
 
     def __post_init__(self) -> None:
         require(
-            self.channels >= 1, "model.channels", "be >= 1", self.channels, "type model.channels=25"
-        )
-        require(
-            len(self.kernel_sizes) > 0 and min(self.kernel_sizes) >= 1,
+            0 < len(self.kernel_sizes) <= DEEPEST,
             "model.kernel_sizes",
             "be one or more numbers >= 1",
             self.kernel_sizes,
             "type 'model.kernel_sizes=[5,3,3]'",
         )
-        require(self.stride >= 1, "model.stride", "be >= 1", self.stride, "type model.stride=2")
-        require(self.padding >= 0, "model.padding", "be >= 0", self.padding, "type model.padding=1")
         length = self.in_features
         for kernel_size in self.kernel_sizes:
             length = (length + 2 * self.padding - kernel_size) // self.stride + 1
@@ -71,21 +74,12 @@ class Mlp:
     """Linear layers with ReLU between them."""
 
     _target_: str = "app.models.mlp.Mlp"
-    in_features: int = MISSING
+    in_features: int = count(at_most=1_000_000, instead="type {key}=40")
     """Features of a sample, >= 1; the data's."""
-    num_classes: int = MISSING
+    num_classes: int = count(at_most=1_000_000, instead="type {key}=10")
     """Classes, >= 1; the data's."""
-    hidden_sizes: list[int] = MISSING
+    hidden_sizes: list[int] = count(at_most=WIDEST, instead="type '{key}=[64]'")
     """Units of each hidden layer, >= 1; [] is a linear classifier."""
-
-    def __post_init__(self) -> None:
-        require(
-            all(size >= 1 for size in self.hidden_sizes),
-            "model.hidden_sizes",
-            "be numbers >= 1",
-            self.hidden_sizes,
-            "type 'model.hidden_sizes=[100,100]'",
-        )
 
 
 @dataclass(kw_only=True)
@@ -93,21 +87,12 @@ class GraphSage:
     """Layers that join a node with the mean of its neighbours, with ReLU between them."""
 
     _target_: str = "app.models.graphsage.GraphSage"
-    in_features: int = MISSING
+    in_features: int = count(at_most=1_000_000, instead="type {key}=40")
     """Features of a node, >= 1; the data's."""
-    num_classes: int = MISSING
+    num_classes: int = count(at_most=1_000_000, instead="type {key}=10")
     """Classes, >= 1; the data's."""
-    hidden_sizes: list[int] = MISSING
+    hidden_sizes: list[int] = count(at_most=WIDEST, instead="type '{key}=[64]'")
     """Units between the layers, >= 1; a layer more than numbers, and as many as data.fanouts."""
-
-    def __post_init__(self) -> None:
-        require(
-            all(size >= 1 for size in self.hidden_sizes),
-            "model.hidden_sizes",
-            "be numbers >= 1",
-            self.hidden_sizes,
-            "type 'model.hidden_sizes=[64]'",
-        )
 
 
 @dataclass(kw_only=True)
@@ -115,27 +100,24 @@ class Transformer:
     """A transformer encoder over the patches of the signal."""
 
     _target_: str = "app.models.transformer.Transformer"
-    in_features: int = MISSING
+    in_features: int = count(at_most=1_000_000, instead="type {key}=40")
     """Length of the signal, >= 1; the data's."""
-    num_classes: int = MISSING
+    num_classes: int = count(at_most=1_000_000, instead="type {key}=10")
     """Classes, >= 1; the data's."""
-    patch_size: int = MISSING
+    patch_size: int = count(at_most=WIDEST, instead="type {key}=4")
     """Features in one patch, >= 1; divides in_features."""
-    dim: int = MISSING
+    dim: int = count(at_most=WIDEST, instead="type {key}=4")
     """Width of an embedded patch, >= 1; a multiple of num_heads."""
-    num_layers: int = MISSING
+    num_layers: int = count(at_most=DEEPEST, instead="type {key}=4")
     """Encoder layers, >= 1."""
-    num_heads: int = MISSING
+    num_heads: int = count(at_most=WIDEST, instead="type {key}=4")
     """Attention heads of a layer, >= 1."""
-    mlp_dim: int = MISSING
+    mlp_dim: int = count(at_most=4 * WIDEST, instead="type {key}=4")
     """Hidden units of a layer's feed-forward part, >= 1."""
-    dropout: float = MISSING
+    dropout: float = number(at_least=0, below=1, rule="be >= 0 and < 1", instead="type {key}=0")
     """Probability of dropping an activation while training, 0 <= dropout < 1."""
 
     def __post_init__(self) -> None:
-        for key in ("patch_size", "dim", "num_layers", "num_heads", "mlp_dim"):
-            size = getattr(self, key)
-            require(size >= 1, f"model.{key}", "be >= 1", size, f"type model.{key}=4")
         require(
             self.in_features % self.patch_size == 0,
             "model.patch_size",
@@ -149,13 +131,6 @@ class Transformer:
             f"divide model.dim={self.dim}",
             self.num_heads,
             "type model.num_heads=1",
-        )
-        require(
-            0 <= self.dropout < 1,
-            "model.dropout",
-            "be >= 0 and < 1",
-            self.dropout,
-            "type model.dropout=0",
         )
 
 

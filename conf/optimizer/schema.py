@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from ..rules import require
+from ..rules import count, number, require
+
+OFF = "to switch it off type {key}=0"
 
 
 @dataclass(kw_only=True)
@@ -16,26 +18,20 @@ class SGD:
 
     _target_: str = "torch.optim.SGD"
     _partial_: bool = True
-    lr: float = MISSING
+    lr: float = number(above=0, at_most=1_000_000, instead="type for example {key}=0.01")
     """Learning rate, > 0."""
-    momentum: float = MISSING
+    momentum: float = number(
+        at_least=0, below=1, rule="be from 0 to below 1", instead="type {key}=0.9"
+    )
     """0 to 1; 0 = none."""
     nesterov: bool = MISSING
     """Nesterov's variant of the momentum."""
-    weight_decay: float = MISSING
+    weight_decay: float = number(at_least=0, at_most=1_000_000, instead=OFF)
     """L2 penalty, >= 0."""
     fused: bool | None = MISSING
     """One kernel for all tensors: 2 to 3 times faster, other last bits; null = torch's choice."""
 
     def __post_init__(self) -> None:
-        _require_common(self.lr, self.weight_decay)
-        require(
-            0 <= self.momentum < 1,
-            "optimizer.momentum",
-            "be from 0 to below 1",
-            self.momentum,
-            "type optimizer.momentum=0.9",
-        )
         require(
             not self.nesterov or self.momentum > 0,
             "optimizer.nesterov",
@@ -51,19 +47,24 @@ class Adam:
 
     _target_: str = MISSING
     _partial_: bool = True
-    lr: float = MISSING
+    lr: float = number(above=0, at_most=1_000_000, instead="type for example {key}=0.01")
     """Learning rate, > 0."""
-    betas: list[float] = MISSING
+    betas: list[float] = number(
+        at_least=0,
+        below=1,
+        rule="be two numbers from 0 to below 1",
+        instead="type '{key}=[0.9,0.999]'",
+    )
     """Decay of the first and second moment, each 0 to below 1."""
-    eps: float = MISSING
+    eps: float = number(above=0, at_most=1_000_000, instead="type {key}=1e-8")
     """Added to the denominator, > 0."""
-    weight_decay: float = MISSING
+    weight_decay: float = number(at_least=0, at_most=1_000_000, instead=OFF)
     """>= 0; AdamW's is decoupled from the gradient."""
     fused: bool = MISSING
     """One kernel for all tensors: 4 to 7 times faster on a CPU."""
 
     def __post_init__(self) -> None:
-        _require_moments(self.lr, self.betas, self.eps, self.weight_decay)
+        _require_two(self.betas)
 
 
 @dataclass(kw_only=True)
@@ -71,48 +72,33 @@ class AdamW8bit:
     """AdamW with moments of 8 bits (arXiv 2110.02861): 2 bytes a parameter in place of 8."""
 
     _target_: str = "app.optim.AdamW8bit"
-    lr: float = MISSING
+    lr: float = number(above=0, at_most=1_000_000, instead="type for example {key}=0.01")
     """Learning rate, > 0."""
-    betas: list[float] = MISSING
+    betas: list[float] = number(
+        at_least=0,
+        below=1,
+        rule="be two numbers from 0 to below 1",
+        instead="type '{key}=[0.9,0.999]'",
+    )
     """Decay of the first and second moment, each 0 to below 1."""
-    eps: float = MISSING
+    eps: float = number(above=0, at_most=1_000_000, instead="type {key}=1e-8")
     """Added to the denominator, > 0."""
-    weight_decay: float = MISSING
+    weight_decay: float = number(at_least=0, at_most=1_000_000, instead=OFF)
     """Decoupled from the gradient, >= 0."""
-    min_8bit_size: int = MISSING
+    min_8bit_size: int = count(at_least=0, instead="type {key}=4096")
     """Tensors of fewer numbers keep moments of 32 bits, >= 0."""
 
     def __post_init__(self) -> None:
-        _require_moments(self.lr, self.betas, self.eps, self.weight_decay)
-        require(
-            self.min_8bit_size >= 0,
-            "optimizer.min_8bit_size",
-            "be >= 0",
-            self.min_8bit_size,
-            "type optimizer.min_8bit_size=4096",
-        )
+        _require_two(self.betas)
 
 
-def _require_moments(lr: float, betas: list[float], eps: float, weight_decay: float) -> None:
-    _require_common(lr, weight_decay)
+def _require_two(betas: list[float]) -> None:
     require(
-        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        len(betas) == 2,
         "optimizer.betas",
         "be two numbers from 0 to below 1",
         betas,
         "type 'optimizer.betas=[0.9,0.999]'",
-    )
-    require(eps > 0, "optimizer.eps", "be > 0", eps, "type optimizer.eps=1e-8")
-
-
-def _require_common(lr: float, weight_decay: float) -> None:
-    require(lr > 0, "optimizer.lr", "be > 0", lr, "type for example optimizer.lr=0.01")
-    require(
-        weight_decay >= 0,
-        "optimizer.weight_decay",
-        "be >= 0",
-        weight_decay,
-        "to switch it off type optimizer.weight_decay=0",
     )
 
 

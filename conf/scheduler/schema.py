@@ -17,7 +17,9 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from ..rules import require
+from ..rules import MANY, count, number, require, text
+
+SHARE = "be from 0 to 1"
 
 
 class Shape(str, Enum):
@@ -44,18 +46,17 @@ class WarmupDecay:
     """cosine, linear or constant after the warm-up."""
     warmup: int | float = MISSING
     """Optimizer steps (int) or share of the run (float, 0 to below 1)."""
-    final: float = MISSING
+    final: float = number(at_least=0, at_most=1, rule=SHARE, instead="type {key}=0.0")
     """Share of the peak at the end, 0 to 1."""
 
     def __post_init__(self) -> None:
         require(
-            self.warmup >= 0 if isinstance(self.warmup, int) else 0 <= self.warmup < 1,
+            0 <= self.warmup < (MANY if isinstance(self.warmup, int) else 1),
             "scheduler.warmup",
             "be steps >= 0 or a share from 0.0 to below 1.0",
             self.warmup,
             "for no warm-up type scheduler.warmup=0",
         )
-        _require_share("scheduler.final", self.final, "type scheduler.final=0.0")
 
 
 @dataclass(kw_only=True)
@@ -63,24 +64,12 @@ class OneCycle:
     """The 1cycle policy, its peak at the optimizer's learning rate."""
 
     _target_: str = "app.optim.OneCycle"
-    peak: float = MISSING
+    peak: float = number(above=0, below=1, rule="be above 0 and below 1", instead="type {key}=0.3")
     """Share of the run at which the peak is reached, above 0 and below 1."""
-    start_divisor: float = MISSING
+    start_divisor: float = number(at_least=1, at_most=MANY, instead="type {key}=25")
     """The start is the peak over this, >= 1."""
-    final_divisor: float = MISSING
+    final_divisor: float = number(at_least=1, at_most=MANY, instead="type {key}=25")
     """The end is the start over this, >= 1."""
-
-    def __post_init__(self) -> None:
-        require(
-            0 < self.peak < 1,
-            "scheduler.peak",
-            "be above 0 and below 1",
-            self.peak,
-            "type scheduler.peak=0.3",
-        )
-        for key in ("start_divisor", "final_divisor"):
-            value = getattr(self, key)
-            require(value >= 1, f"scheduler.{key}", "be >= 1", value, f"type scheduler.{key}=25")
 
 
 @dataclass(kw_only=True)
@@ -88,21 +77,20 @@ class Steps:
     """Multiply by `gamma` at given epochs."""
 
     _target_: str = "app.optim.Steps"
-    milestones: list[int] = MISSING
+    milestones: list[int] = count(instead="type '{key}=[15,25]'")
     """Epochs, from 0, rising."""
-    gamma: float = MISSING
+    gamma: float = number(at_least=0, at_most=1, rule=SHARE, instead="type {key}=0.1")
     """Factor at each, 0 to 1."""
 
     def __post_init__(self) -> None:
         rising = list(self.milestones) == sorted(set(self.milestones))
         require(
-            rising and all(epoch > 0 for epoch in self.milestones),
+            rising,
             "scheduler.milestones",
             "be rising epochs > 0",
             list(self.milestones),
             "type 'scheduler.milestones=[15,25]'",
         )
-        _require_share("scheduler.gamma", self.gamma, "type scheduler.gamma=0.1")
 
 
 @dataclass(kw_only=True)
@@ -110,28 +98,14 @@ class Plateau:
     """Multiply by `factor` after `patience` validations without an improvement."""
 
     _target_: str = "app.optim.Plateau"
-    monitor: str = MISSING
+    monitor: str = text(instead="type {key}=val_loss")
     """Metric that the model logs."""
     mode: Mode = MISSING
     """min or max: which values of the metric are better."""
-    factor: float = MISSING
+    factor: float = number(at_least=0, at_most=1, rule=SHARE, instead="type {key}=0.5")
     """0 to 1."""
-    patience: int = MISSING
+    patience: int = count(at_least=0, instead="type {key}=3")
     """Epochs, >= 0."""
-
-    def __post_init__(self) -> None:
-        _require_share("scheduler.factor", self.factor, "type scheduler.factor=0.5")
-        require(
-            self.patience >= 0,
-            "scheduler.patience",
-            "be >= 0",
-            self.patience,
-            "type scheduler.patience=3",
-        )
-
-
-def _require_share(key: str, value: float, instead: str) -> None:
-    require(0 <= value <= 1, key, "be from 0 to 1", value, instead)
 
 
 PRESETS = {

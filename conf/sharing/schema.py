@@ -28,38 +28,21 @@ Sources: torch.multiprocessing's shared memory; mmap(2), MAP_PRIVATE.
 
 from dataclasses import dataclass
 
-from omegaconf import MISSING
-
-from ..rules import require
+from ..rules import count, folder
 
 
 @dataclass(kw_only=True)
 class Sharing:
     """What both ways have in common."""
 
-    cache: str = MISSING
+    cache: str = folder(instead="type {key}=PATH")
     """Folder of the files; of `shared` where memory cannot be handed on, or does not fit."""
-    min_bytes: int = MISSING
+    min_bytes: int = count(at_most=2**62, instead="type {key}=1024")
     """Arrays and lists below this size are copied for each process, >= 1."""
-    min_items: int | None = MISSING
+    min_items: int | None = count(
+        at_least=1000, at_most=2**62, instead="type {key}=1000, or null for no list"
+    )
     """Length from which lists are shared, >= 1000; null: none is, but the arrays in them are."""
-
-    def __post_init__(self) -> None:
-        require(self.cache != "", "sharing.cache", "be a folder", "''", "type sharing.cache=PATH")
-        require(
-            self.min_bytes >= 1,
-            "sharing.min_bytes",
-            "be >= 1",
-            self.min_bytes,
-            "type sharing.min_bytes=1024",
-        )
-        require(
-            self.min_items is None or self.min_items >= 1000,
-            "sharing.min_items",
-            "be >= 1000",
-            self.min_items,
-            "type sharing.min_items=1000, or null for no list",
-        )
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from ..rules import require
+from ..rules import TEN_YEARS_MIN, count, number, require
 
 
 class StartMethod(str, Enum):
@@ -53,17 +53,8 @@ class Processes:
 
     start_method: StartMethod = MISSING
     """forkserver starts in a fraction of a second where torch is imported; spawn begins anew."""
-    timeout_min: float = MISSING
+    timeout_min: float = number(above=0, at_most=TEN_YEARS_MIN, instead="type {key}=30")
     """Minutes that a rank waits for the others before the run fails, > 0."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.timeout_min > 0,
-            "strategy.timeout_min",
-            "be > 0",
-            self.timeout_min,
-            "type strategy.timeout_min=30",
-        )
 
 
 @dataclass(kw_only=True)
@@ -79,7 +70,6 @@ class Ddp(Processes):
     """Keep the gradients in the buffers that are sent: one copy less."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         require(
             not (self.find_unused_parameters and self.static_graph),
             "strategy.static_graph",
@@ -98,21 +88,10 @@ class Shards(Processes):
 
     shard_classes: list[str] = MISSING
     """Class names of the blocks, such as TransformerEncoderLayer; [] = by size."""
-    shard_min_parameters: int | None = MISSING
+    shard_min_parameters: int | None = count(instead="for one block type {key}=null")
     """Without class names: parameters that make a block, >= 1; null = the model is one block."""
     offload: bool = MISSING
     """Keep the shards in the memory of the CPU."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        least = self.shard_min_parameters
-        require(
-            least is None or least >= 1,
-            "strategy.shard_min_parameters",
-            "be >= 1",
-            least,
-            "for one block type strategy.shard_min_parameters=null",
-        )
 
 
 @dataclass(kw_only=True)
@@ -138,7 +117,7 @@ class TpFsdp2(Fsdp2):
     """Tensor parallel linear layers, and fsdp2 over the groups of devices that share them."""
 
     _target_: str = "app.strategy.tp_fsdp2"
-    tensor_parallel_size: int = MISSING
+    tensor_parallel_size: int = count(at_most=4096, instead="type {key}=2")
     """Devices that split a layer, >= 1; divides the number of processes."""
     colwise: list[str] = MISSING
     """Patterns of names of linear layers split by their outputs: the first of a pair."""
@@ -146,14 +125,6 @@ class TpFsdp2(Fsdp2):
     """Patterns of names of linear layers split by their inputs: the second of a pair."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.tensor_parallel_size >= 1,
-            "strategy.tensor_parallel_size",
-            "be >= 1",
-            self.tensor_parallel_size,
-            "type strategy.tensor_parallel_size=2",
-        )
         require(
             len(self.colwise) > 0 and len(self.rowwise) > 0,
             "strategy.colwise and strategy.rowwise",
@@ -168,7 +139,7 @@ class DeepSpeed(Processes):
     """DeepSpeed's engine: Lightning's DeepSpeedStrategy."""
 
     _target_: str = "app.strategy.deepspeed"
-    stage: int = MISSING
+    stage: int = number(at_least=1, at_most=3, rule="be 1, 2 or 3", instead="type {key}=2")
     """What is sharded: 1 optimizer state, 2 gradients too, 3 weights too."""
     offload_optimizer: bool = MISSING
     """Keep the optimizer state in the memory of the CPU."""
@@ -176,14 +147,6 @@ class DeepSpeed(Processes):
     """Keep the weights there too; stage 3."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.stage in (1, 2, 3),
-            "strategy.stage",
-            "be 1, 2 or 3",
-            self.stage,
-            "type strategy.stage=2",
-        )
         require(
             self.stage == 3 or not self.offload_parameters,
             "strategy.offload_parameters",

@@ -14,7 +14,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from ..rules import require, require_package
+from ..rules import MANY, count, number, require, require_package
 
 
 class Sampler(str, Enum):
@@ -37,16 +37,18 @@ class Pruner(str, Enum):
 class Optuna:
     """A search with Optuna, for which `hydra-optuna-sweeper` asks for trials and tells values."""
 
-    num_trials: int = MISSING
+    num_trials: int = count(at_most=1_000_000, instead="type {key}=10")
     """Trials of the whole study, >= 1, failed and pruned ones included; a continued one runs those
     left."""
-    num_parallel: int = MISSING
+    num_parallel: int = count(at_most=1024, instead="type {key}=10")
     """Trials that are chosen at once, >= 1; with launch=local they also run at once."""
     sampler: Sampler = MISSING
     """tpe for any space (NeurIPS 2011, Bergstra et al.), cmaes for numbers only, or random."""
-    num_random: int = MISSING
+    num_random: int = count(at_most=1_000_000, instead="type {key}=10")
     """Trials drawn at random before tpe and cmaes learn from them, >= 1."""
-    max_failure_rate: float = MISSING
+    max_failure_rate: float = number(
+        at_least=0, at_most=1, rule="be in [0, 1]", instead="type {key}=1"
+    )
     """Share of failed trials among num_parallel above which the study ends, in [0, 1]. A trial has
     failed where its run did, or where it came to its end with an objective that is NaN or
     infinite."""
@@ -54,35 +56,22 @@ class Optuna:
     """Ends a trial after a validation: median, where its best objective so far is worse than the
     median of the trials before it at that epoch (Vizier, KDD 2017); halving, where it is not among
     the best quarter that goes on (arXiv 1810.05934); none."""
-    prune_after_trials: int = MISSING
+    prune_after_trials: int = count(at_least=0, instead="type {key}=1")
     """With median: trials that end before one is pruned, >= 0."""
-    prune_after_epochs: float = MISSING
+    prune_after_epochs: float = number(at_least=0, at_most=MANY, instead="type {key}=1")
     """Epochs of a trial before which it is not pruned, >= 0; with halving > 0: trials compare after
     these, after four times these, and so on. Where an epoch has no length, 1000 steps are one."""
-    trial: int | None = MISSING
+    trial: int | None = count(at_least=0, instead="type {key}=null")
     """Number of the trial that a run is, given by the study."""
 
     def __post_init__(self) -> None:
         require_package("optuna", "sweep=optuna", "use sweep=none")
-        for name in ("num_trials", "num_parallel", "num_random"):
-            value = getattr(self, name)
-            require(value >= 1, f"sweep.{name}", "be >= 1", value, f"type sweep.{name}=10")
-        for name in ("prune_after_trials", "prune_after_epochs"):
-            value = getattr(self, name)
-            require(value >= 0, f"sweep.{name}", "be >= 0", value, f"type sweep.{name}=1")
         require(
             self.pruner != Pruner.halving or self.prune_after_epochs > 0,
             "sweep.prune_after_epochs",
             "be > 0 with sweep.pruner=halving",
             self.prune_after_epochs,
             "type sweep.prune_after_epochs=1",
-        )
-        require(
-            0 <= self.max_failure_rate <= 1,
-            "sweep.max_failure_rate",
-            "be in [0, 1]",
-            self.max_failure_rate,
-            "type sweep.max_failure_rate=1",
         )
 
 

@@ -5,7 +5,10 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from ..rules import require
+from ..rules import MANY, TEN_YEARS_MIN, count, number, require
+
+MOST_DEVICES = 1024
+NO_LIMIT = "for no limit type {key}=null"
 
 
 class Accelerator(str, Enum):
@@ -23,22 +26,22 @@ class Trainer:
     """Limits, device and intervals of one run."""
 
     _target_: str = "app.trainer.Trainer"
-    max_epochs: int | None = MISSING
+    max_epochs: int | None = number(above=0, at_most=MANY, instead=NO_LIMIT)
     """Epochs, >= 1; null = no limit."""
-    max_steps: int | None = MISSING
+    max_steps: int | None = number(above=0, at_most=MANY, instead=NO_LIMIT)
     """Optimizer steps, >= 1; null = no limit."""
-    max_minutes: float | None = MISSING
+    max_minutes: float | None = number(above=0, at_most=TEN_YEARS_MIN, instead=NO_LIMIT)
     """Wall time in minutes, > 0; null = no limit."""
     accelerator: Accelerator = MISSING
     """auto, cpu, gpu, mps or tpu."""
     devices: int | str = MISSING
     """Devices of each machine, one process on each, >= 1; auto = one for strategy=single, else all
     GPUs there are."""
-    num_nodes: int = MISSING
+    num_nodes: int = count(at_most=100_000, instead="type {key}=1")
     """Machines, >= 1; more than one where torchrun or srun starts the processes."""
     sync_batchnorm: bool = MISSING
     """BatchNorm over the batches of all ranks; GPUs only."""
-    threads: int | None = MISSING
+    threads: int | None = number(above=0, at_most=1024, instead=NO_LIMIT)
     """Intra-op CPU threads, >= 1; null = torch's own choice. One is fastest for tiny models."""
     deterministic: bool = MISSING
     """Refuse operations without a deterministic implementation."""
@@ -52,25 +55,18 @@ class Trainer:
     """Likewise of the test."""
     val_check_interval: int | float = MISSING
     """Validate after this many micro-batches (int) or this share of an epoch (float)."""
-    check_val_every_n_epoch: int | None = MISSING
+    check_val_every_n_epoch: int | None = count(
+        instead="to switch validation off type trainer.limit_val_batches=0"
+    )
     """Validate in every n-th epoch; null counts val_check_interval across epochs."""
-    num_sanity_val_steps: int = MISSING
+    num_sanity_val_steps: int = count(at_least=0, instead="to skip the sanity check type {key}=0")
     """Validation batches run before training to find errors early, >= 0."""
-    log_every_n_steps: int = MISSING
+    log_every_n_steps: int = count(instead="to switch logging off use logger=none")
     """Log the means of the last n optimizer steps, >= 1."""
     detect_anomaly: bool = MISSING
     """Find the operation that made a NaN gradient (slow)."""
 
     def __post_init__(self) -> None:
-        for key in ("max_epochs", "max_steps", "max_minutes", "threads"):
-            value = getattr(self, key)
-            require(
-                value is None or value > 0,
-                f"trainer.{key}",
-                "be > 0",
-                value,
-                f"for no limit type trainer.{key}=null",
-            )
         require(
             any(limit is not None for limit in (self.max_epochs, self.max_steps, self.max_minutes)),
             "trainer.max_epochs, max_steps or max_minutes",
@@ -79,23 +75,24 @@ class Trainer:
             "type trainer.max_epochs=30",
         )
         require(
-            self.devices == "auto" or (isinstance(self.devices, int) and self.devices >= 1),
+            self.devices == "auto"
+            or (isinstance(self.devices, int) and 1 <= self.devices <= MOST_DEVICES),
             "trainer.devices",
-            "be >= 1 or auto",
+            f"be >= 1, up to {MOST_DEVICES}, or auto",
             self.devices,
             "type trainer.devices=2 strategy=ddp",
         )
         require(
-            self.num_nodes >= 1,
-            "trainer.num_nodes",
-            "be >= 1",
-            self.num_nodes,
-            "type trainer.num_nodes=1",
+            self.limit_train_batches is None or self.limit_train_batches > 0,
+            "trainer.limit_train_batches",
+            "leave a batch to train on",
+            self.limit_train_batches,
+            "for all batches type trainer.limit_train_batches=null",
         )
         for key in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
             value = getattr(self, key)
             require(
-                value is None or (value >= 0 if isinstance(value, int) else 0 <= value <= 1),
+                value is None or 0 <= value <= (MANY if isinstance(value, int) else 1),
                 f"trainer.{key}",
                 "be a count >= 0 or a share from 0.0 to 1.0",
                 value,
@@ -103,33 +100,18 @@ class Trainer:
             )
         interval = self.val_check_interval
         require(
-            interval >= 1 if isinstance(interval, int) else 0 < interval <= 1,
+            1 <= interval <= MANY if isinstance(interval, int) else 0 < interval <= 1,
             "trainer.val_check_interval",
             "be a count >= 1 or a share up to 1.0",
             interval,
             "to validate once an epoch type trainer.val_check_interval=1.0",
         )
-        every = self.check_val_every_n_epoch
         require(
-            every is None or every >= 1,
-            "trainer.check_val_every_n_epoch",
-            "be >= 1",
-            every,
-            "to switch validation off type trainer.limit_val_batches=0",
-        )
-        require(
-            self.log_every_n_steps >= 1,
-            "trainer.log_every_n_steps",
-            "be >= 1",
-            self.log_every_n_steps,
-            "to switch logging off use logger=none",
-        )
-        require(
-            self.num_sanity_val_steps >= 0,
-            "trainer.num_sanity_val_steps",
-            "be >= 0",
-            self.num_sanity_val_steps,
-            "to skip the sanity check type trainer.num_sanity_val_steps=0",
+            self.check_val_every_n_epoch is not None or isinstance(interval, int),
+            "trainer.val_check_interval",
+            "be a count of micro-batches where trainer.check_val_every_n_epoch is null",
+            interval,
+            "type trainer.val_check_interval=100, or trainer.check_val_every_n_epoch=1",
         )
 
 

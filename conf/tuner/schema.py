@@ -20,7 +20,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ..rules import require
+from ..rules import MANY, count, folder, number, require, text
 
 
 class BatchMode(str, Enum):
@@ -66,7 +66,7 @@ class OnDoubt(str, Enum):
 class BatchSize:
     """The search for the micro-batch."""
 
-    key: str | None = MISSING
+    key: str | None = text(instead="type {key}=null")
     """Key to tune; null = data.batch_size, else model.batch_size."""
     mode: BatchMode = MISSING
     """auto = model where the device reports its memory, else binsearch; model predicts from the
@@ -74,58 +74,33 @@ class BatchSize:
     bisects."""
     goal: Goal = MISSING
     """largest, or fastest: the smallest within 3 % of the most samples per second."""
-    init_val: int = MISSING
+    init_val: int = count(instead="type {key}=1")
     """First size tried, >= 1."""
-    max_val: int | None = MISSING
+    max_val: int | None = count(instead="type {key}=1")
     """Largest size allowed, >= 1; null = the data set."""
-    min_batches: int = MISSING
+    min_batches: int = count(instead="type {key}=1")
     """Micro-batches that an epoch must have at least, >= 1: a run of few steps learns little."""
-    max_trials: int = MISSING
+    max_trials: int = count(at_most=10_000, instead="type {key}=1")
     """Sizes tried, >= 1."""
-    steps_per_trial: int = MISSING
+    steps_per_trial: int = count(at_least=2, at_most=100_000, instead="type {key}=2")
     """Optimizer steps of each trial, >= 2: the second one has the optimizer's state."""
-    margin: float = MISSING
+    margin: float = number(
+        at_least=0, below=1, rule="be from 0 to below 1", instead="type {key}=0.0"
+    )
     """Share taken off the largest size that fits, 0 to below 1."""
-    memory_fraction: float = MISSING
+    memory_fraction: float = number(
+        above=0, at_most=1, rule="be above 0, up to 1", instead="type {key}=0.9"
+    )
     """Share of the device's memory that may be used, above 0 to 1."""
 
     def __post_init__(self) -> None:
         key = "tuner.batch_size"
-        for name, least in (
-            ("init_val", 1),
-            ("max_val", 1),
-            ("min_batches", 1),
-            ("max_trials", 1),
-            ("steps_per_trial", 2),
-        ):
-            value = getattr(self, name)
-            require(
-                value is None or value >= least,
-                f"{key}.{name}",
-                f"be >= {least}",
-                value,
-                f"type {key}.{name}={least}",
-            )
         require(
             self.max_val is None or self.init_val <= self.max_val,
             f"{key}.init_val",
             f"be at most {key}.max_val={self.max_val}",
             self.init_val,
             f"type {key}.init_val=1",
-        )
-        require(
-            0 <= self.margin < 1,
-            f"{key}.margin",
-            "be from 0 to below 1",
-            self.margin,
-            f"type {key}.margin=0.0",
-        )
-        require(
-            0 < self.memory_fraction <= 1,
-            f"{key}.memory_fraction",
-            "be above 0, up to 1",
-            self.memory_fraction,
-            f"type {key}.memory_fraction=0.9",
         )
 
 
@@ -136,15 +111,15 @@ class LearningRate:
     key: Any = MISSING
     """Key to tune, or a list with one for each optimizer of the model; null = optimizer.lr, else
     model.lr or model.learning_rate."""
-    lowest: float = MISSING
+    lowest: float = number(above=0, at_most=1_000_000, instead="type {key}=1e-7")
     """First learning rate, > 0."""
-    highest: float = MISSING
+    highest: float = number(above=0, at_most=1_000_000, instead="type {key}=10.0")
     """Last learning rate, above the first."""
-    num_steps: int = MISSING
+    num_steps: int = count(at_least=10, at_most=1_000_000, instead="type {key}=100")
     """Optimizer steps of the sweep, >= 10."""
     mode: SweepMode = MISSING
     """exponential or linear spacing."""
-    divergence: float = MISSING
+    divergence: float = number(above=0, at_most=MANY, instead="type {key}=4")
     """Stop where the loss is above its best by this many times the range seen so far, > 0."""
     rule: LrRule = MISSING
     """slope, valley, minimum or steepest; all are drawn."""
@@ -153,27 +128,12 @@ class LearningRate:
 
     def __post_init__(self) -> None:
         key = "tuner.lr"
-        require(self.lowest > 0, f"{key}.lowest", "be > 0", self.lowest, f"type {key}.lowest=1e-7")
         require(
             self.highest > self.lowest,
             f"{key}.highest",
             f"be above {key}.lowest={self.lowest}",
             self.highest,
             f"type {key}.highest={self.lowest * 1e6:g}",
-        )
-        require(
-            self.num_steps >= 10,
-            f"{key}.num_steps",
-            "be >= 10",
-            self.num_steps,
-            f"type {key}.num_steps=100",
-        )
-        require(
-            self.divergence > 0,
-            f"{key}.divergence",
-            "be > 0",
-            self.divergence,
-            f"type {key}.divergence=4",
         )
 
 
@@ -183,15 +143,15 @@ class Tuner:
 
     batch_size: BatchSize | None = None
     lr: LearningRate | None = None
-    milestones: list[int] = MISSING
+    milestones: list[int] = count(instead="type '{key}=[5,10]'")
     """Epochs, > 0, at whose start the finders that are on search again, inside the fit."""
-    cache: str | None = MISSING
+    cache: str | None = folder(instead="for no cache type {key}=null")
     """Folder of the answers of all runs; null = search in every new run."""
 
     def __post_init__(self) -> None:
         rising = list(self.milestones) == sorted(set(self.milestones))
         require(
-            rising and all(epoch > 0 for epoch in self.milestones),
+            rising,
             "tuner.milestones",
             "be rising epochs > 0",
             list(self.milestones),

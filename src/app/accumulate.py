@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from app.batch_size import accumulation_factor
+from app.errors import Refused
 from app.sharded import Fsdp, placed_like
 from app.shares import mean_over_ranks, micro_batch_size, share_of
 
@@ -75,7 +76,7 @@ class Accumulation(pl.Callback):
         weight_by: key or attribute of the batch that holds its count; None weights all alike.
 
     Raises:
-        ValueError: where the model steps its own optimizers (manual optimization), with LBFGS
+        Refused: where the model steps its own optimizers (manual optimization), with LBFGS
             (it evaluates a batch several times a step), or where a batch lacks `weight_by`.
     """
 
@@ -103,7 +104,7 @@ class Accumulation(pl.Callback):
     def refuse_manual_optimization(pl_module: pl.LightningModule) -> None:
         """Raise ValueError where the model steps its own optimizers."""
         if not pl_module.automatic_optimization:
-            raise ValueError(
+            raise Refused(
                 f"accumulate cannot act with {type(pl_module).__name__}: it steps its own "
                 "optimizers (automatic_optimization=False); accumulate inside its training_step "
                 "and use accumulate=none"
@@ -118,7 +119,7 @@ class Accumulation(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
-            raise ValueError(
+            raise Refused(
                 "accumulate cannot act with LBFGS, which evaluates a batch several times a step; "
                 "use accumulate=none"
             )
@@ -212,7 +213,7 @@ class Accumulation(pl.Callback):
         if isinstance(gradient, DTensor):
             return gradient.full_tensor()  # of all ranks already
         if isinstance(trainer.strategy, Fsdp):
-            raise ValueError(
+            raise Refused(
                 "accumulate cannot save the gradients of an open window with strategy=fsdp; save "
                 "after an optimizer step, or use strategy=fsdp2"
             )
@@ -245,7 +246,7 @@ class Accumulation(pl.Callback):
         count = batch[key] if in_mapping else getattr(batch, key, None)
         if count is None or callable(count):  # `count` is a method of every tuple
             held = f"holds {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else None
-            raise ValueError(
+            raise Refused(
                 f"accumulate.weight_by must name a key or attribute of the batch, got {key}; "
                 f"the batch {held or f'is a {type(batch).__name__}'}"
             )
@@ -292,7 +293,7 @@ class ScheduledAccumulation(Accumulation):
         steps = self.total_steps(num_batches=int(batches), num_epochs=trainer.max_epochs)
         late = [start for start in self.starts if start >= steps]
         if late:
-            raise ValueError(
+            raise Refused(
                 f"accumulate.starts has {late}, which the run of {steps} optimizer steps never "
                 "reaches; leave them out"
             )
@@ -302,7 +303,7 @@ class EffectiveBatch(Accumulation):
     """The factor that makes micro-batch x factor x world size exactly `batch_size`.
 
     Raises:
-        ValueError: where there is no such factor, or the loader's micro-batch is another one.
+        Refused: where there is no such factor, or the loader's micro-batch is another one.
     """
 
     def __init__(self, *, batch_size: int, micro_batch_size: int, weight_by: str | None) -> None:
@@ -331,7 +332,7 @@ class EffectiveBatch(Accumulation):
         super().on_train_start(trainer, pl_module)
         served = micro_batch_size(trainer.train_dataloader)
         if served not in (None, self.micro_batch_size):
-            raise ValueError(
+            raise Refused(
                 f"accumulate.micro_batch_size must be the loader's batch size {served}, "
                 f"got {self.micro_batch_size}; type accumulate.micro_batch_size={served}"
             )

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from torchmetrics import Metric
 
+from app.errors import Refused
+
 Forward = Callable[..., Any]
 """A forward that is not bound: its first argument is the module."""
 
@@ -29,13 +31,13 @@ def find_blocks(
         prefix: how the keys `classes` and `min_parameters` begin where they are typed: `memory.`.
 
     Raises:
-        ValueError: where a class, or the size, matches nothing.
+        Refused: where a class, or the size, matches nothing.
     """
     parts = dict(_parts(model))
     if classes:
         for name in classes:
             if name not in {type(part).__name__ for part in parts.values()}:
-                raise ValueError(_unknown_class(name, model, parts, prefix))
+                raise Refused(_unknown_class(name, model, parts, prefix))
         return {name: part for name, part in parts.items() if type(part).__name__ in classes}
     assert min_parameters is not None
     blocks: dict[str, nn.Module] = {}
@@ -47,7 +49,7 @@ def find_blocks(
             taken |= free
     if not blocks:
         largest = max(map(num_parameters, parts.values()), default=0)
-        raise ValueError(
+        raise Refused(
             f"{prefix}min_parameters must be at most {largest}, which the largest module in "
             f"{type(model).__name__} has, got {min_parameters}; type {prefix}min_parameters="
             f"{max(1, largest // 2)}"
@@ -67,11 +69,11 @@ def wrap_forward(module: nn.Module, key: str, wrap: Callable[[Forward], Forward]
     A method bound to the module: names, classes, hooks and the state dict stay, and a deep copy
     calls the forward of the copy. What was pickled comes back with the forward of its class.
 
-    Raises ValueError where the forward is not a method, as that of a TorchScript module.
+    Raises Refused where the forward is not a method, as that of a TorchScript module.
     """
     present = module.forward
     if not isinstance(present, MethodType):
-        raise ValueError(
+        raise Refused(
             f"{key} needs a forward that is a method, and that of {type(module).__name__} is not "
             f"one; use {key}=none"
         )

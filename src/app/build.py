@@ -14,9 +14,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from app.accumulate import Accumulation
 from app.checkpoint import CheckpointFiles, Checkpoints
 from app.data_parallel import DataParallel
+from app.errors import Refused
 from app.launch import SINGLE
-from app.metrics import StepMetrics
+from app.metrics import AwaitedMetrics, StepMetrics, awaited_metrics
 from app.optim import configure_optimizers
+from app.process.targets import refuse_targets
 from app.resume import ExactResume
 from app.trainer import Trainer
 
@@ -58,9 +60,10 @@ def build(config: Mapping[str, Any], extra_callbacks: Sequence[pl.Callback]) -> 
     """Build model, data, callbacks and trainer from a checked, resolved configuration.
 
     Raises:
-        TypeError: where `model` or `data` is not a LightningModule or LightningDataModule.
+        Refused: where `model` or `data` is not a LightningModule or LightningDataModule.
         ValueError: where an `optimizer=` is chosen for a model that steps its own optimizers.
     """
+    refuse_targets(config)
     model, data = build_model_and_data(config)
     if config["optimizer"] is not None:
         _replace_optimizers(model, config)
@@ -90,6 +93,7 @@ def build(config: Mapping[str, Any], extra_callbacks: Sequence[pl.Callback]) -> 
         *techniques,
         *parallel,
         StepMetrics(),
+        AwaitedMetrics(awaited_metrics(config)),
         resume,
         *extra_callbacks,
         *build_callbacks(config),
@@ -105,20 +109,27 @@ def build_model_and_data(
 
     Raises TypeError where one is not a LightningModule or LightningDataModule.
     """
-    pl.seed_everything(config["seed"], workers=True, verbose=False)
+    refuse_targets({group: config[group] for group in ("model", "data", "sharing")})
+    seed_all(config)
     model, data = _make(config["model"]), _make(config["data"])
     for key, value, kind in (
         ("model", model, pl.LightningModule),
         ("data", data, pl.LightningDataModule),
     ):
         if not isinstance(value, kind):
-            raise TypeError(
+            raise Refused(
                 f"{key}._target_ must be a {kind.__name__}, got {config[key]['_target_']}; "
                 f"type {key}._target_=package.Class"
             )
     if config["sharing"] is not None:
         _make(config["sharing"]).attach(data, config)
     return model, data
+
+
+def seed_all(config: Mapping[str, Any]) -> None:
+    """Seed all generators: before anything is built, and before a test, which then draws the same
+    numbers in a run that was cut, and in `app.evaluate`."""
+    pl.seed_everything(config["seed"], workers=True, verbose=False)
 
 
 def collect_shared_data(config: Mapping[str, Any], *, num_processes: int) -> "Packs | None":
@@ -172,7 +183,7 @@ def _make(config: Any) -> Any:
 
 def _replace_optimizers(model: pl.LightningModule, config: Mapping[str, Any]) -> None:
     if not model.automatic_optimization:
-        raise ValueError(
+        raise Refused(
             f"optimizer cannot replace those of {type(model).__name__}, which steps its own "
             "(automatic_optimization=False); type optimizer=none"
         )

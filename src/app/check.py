@@ -4,39 +4,18 @@
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
 from app import cli
-from app.errors import Refused
+from app.config import check
 from app.imports import importing
-
-BUILT = ("optimizer", "scheduler", "accumulate", "clip", "averaging")
-"""Groups that can be off while a file sets keys of them, of which nothing can be built."""
-
-
-def check(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration as plain containers, every value and combination of it allowed.
-
-    Imports neither torch nor Lightning.
-
-    Raises:
-        Refused: with the key as typed, the rule, the value, and what to type instead.
-    """
-    for group in BUILT:
-        chosen = cfg.get(group)
-        if chosen and OmegaConf.get_type(chosen) is dict and "_target_" not in chosen:
-            raise Refused(cli.no_effect(f"{group}.{next(iter(chosen))}", group))
-    try:
-        OmegaConf.to_object(cfg)  # runs the rules of every schema
-    except ValueError as error:
-        if type(error) is not ValueError:  # one of OmegaConf's own, explained by the command line
-            raise
-        raise Refused(str(error)) from None
-    config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    assert isinstance(config, dict)
-    return {str(key): value for key, value in config.items()}
+from app.process.targets import SHIPPED, has_others, refuse_targets
+from app.tuner.answers import read_tuned
+from app.tuner.keys import with_overrides
 
 
 def describe(config: dict[str, Any]) -> list[tuple[str, str]]:
@@ -62,13 +41,14 @@ def main(cfg: DictConfig) -> None:
     Builds a model that is not ours: only it knows whether it steps its own optimizers.
     """
     config = check(cfg)
-    if not config["model"]["_target_"].startswith("app."):
+    if config["tuned"] is not None:
+        config = check(with_overrides(cfg, read_tuned(Path(config["tuned"]))))
+    if has_others(config) or any("_target_" in word for word in HydraConfig.get().overrides.task):
         with importing():
             from app.build import build
-        try:
+        refuse_targets(config)
+        if not config["model"]["_target_"].startswith(SHIPPED):
             build(config, [])
-        except (TypeError, ValueError) as error:
-            raise Refused(str(error)) from error
     for name, text in describe(config):
         print(f"{name:<12}{text}")
     print("ok")

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from app.errors import Refused
+from app.metrics import MetricsCsv
 from app.process.files import replacing, sync_folder
 from app.process.intact import Checked, refuse_damaged
 from app.resume import ExactResume
@@ -59,7 +60,7 @@ class CheckpointFiles(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Raises TypeError naming what a callback, model or optimizer put in that is not plain.
+        """Raises Refused naming what a callback, model or optimizer put in that is not plain.
 
         Hyper-parameters of a model that are not plain are left out, with a warning: no continued
         run needs them.
@@ -107,7 +108,7 @@ class CheckpointFiles(TorchCheckpointIO):
         try:
             return plain(value, key)
         except TypeError as error:
-            raise TypeError(
+            raise Refused(
                 f"checkpoint: {error}; a checkpoint holds tensors and plain values only, so that "
                 "loading it never runs code: return those from state_dict()"
             ) from None
@@ -285,6 +286,9 @@ class Checkpoints(Checkpoint):
                 shutil.rmtree(previous)
             self.last.replace(previous)
             sync_folder(self.directory)
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCsv):
+                logger.sync()
         trainer.save_checkpoint(self.last, weights_only=False)
 
 

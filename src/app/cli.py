@@ -2,22 +2,24 @@
 
 import ast
 import difflib
+import errno
 import gc
 import hashlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.errors import (
-    ConfigCompositionException,
     HydraException,
     InstantiationException,
     MissingConfigException,
+    OverrideParseException,
 )
 from omegaconf import DictConfig
 from omegaconf.errors import (
@@ -28,6 +30,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
     ValidationError,
 )
+from yaml import MarkedYAMLError
 
 from app.errors import JobsFailed, RankFailed, Refused
 
@@ -52,6 +55,7 @@ complete -o nospace -o default -F _app_complete python python3"""
 
 def main(task: Callable[[DictConfig], Any], config_name: str, description: str) -> None:
     """Run `task` on the composed configuration; exit with 2 where what was typed is refused."""
+    make_streams_safe()
     arguments = sys.argv[1:]
     if "--help" in arguments or "-h" in arguments:
         print(help_text(config_name, description))
@@ -63,34 +67,81 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
         sys.argv[1:] = named_after_job(arguments)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand us the exception, not a printed text
     guarded = TaskOfCommand(task)
-    refused, failed = guarded.refused, guarded.failed
+    told: list[str] = []
+    exit_code = 0
     gc.disable()  # composing makes many objects and no garbage
     try:
+        refuse_environment(os.environ)
         hydra.main(
             version_base=VERSION_BASE, config_path="pkg://app.conf", config_name=config_name
         )(guarded)()
-    except REFUSALS as error:
-        if is_of_the_user(error):
-            raise
-        refused.append(error)
     except JobsFailed as error:
-        failed.append(error)
+        guarded.failed.append(error)
     except KeyboardInterrupt:
-        print(f"\n{config_name}: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        told, exit_code = ["interrupted"], 128 + signal.SIGINT
+    except BrokenPipeError:
+        guarded.is_unread = True
+    except Exception as error:
+        if guarded.has_begun and not is_told_in_a_line(error):
+            raise
+        guarded.refused.append(error)
     finally:
         gc.freeze()  # or the interpreter, at its end, looks through all that was composed
-    for refusal in refused:
-        print(f"{config_name}: {explain(refusal)}", file=sys.stderr)
-    for failure in failed:
-        print(f"{config_name}: {failure}", file=sys.stderr)
-    exit_code = 1 if failed else 2 if refused else 0
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if guarded.is_unread:
+        told, exit_code = ["what read the output is gone"], 128 + signal.SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it is flushed, at exit
+    told += [*map(explain, guarded.refused), *map(str, guarded.failed)]
+    for line in told:
+        print(f"{config_name}: {line}", file=sys.stderr)
+    exit_code = exit_code or (1 if guarded.failed else 2 if guarded.refused else 0)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and guarded.has_begun:
         from app.launch.local import leave
 
         leave(exit_code)  # torch's threads can abort a rank that ends in the usual way
     if exit_code:
         sys.exit(exit_code)
+
+
+def make_streams_safe() -> None:
+    """Let printing never fail: where a stream is closed, or its encoding lacks a character."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # or the first file that is opened would get what is printed
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+def refuse_environment(environment: Mapping[str, str]) -> None:
+    """Raise Refused where the variables of torchrun are not as it sets them."""
+    numbers = {}
+    for name in OF_A_LAUNCHER:
+        text = environment.get(name, "0")
+        if not (text.isascii() and text.isdecimal()):
+            raise Refused(
+                f"the environment's {name} must be a whole number, as torchrun sets it, got "
+                f"{text or 'nothing'}; type unset {name}"
+            )
+        numbers[name] = int(text)
+    if numbers["WORLD_SIZE"] > 1 and "RANK" in environment:
+        for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not environment.get(name):
+                raise Refused(
+                    f"the environment says WORLD_SIZE={numbers['WORLD_SIZE']}, and no {name}; "
+                    "start the ranks with torchrun, or type unset WORLD_SIZE RANK"
+                )
+        if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+            raise Refused(
+                f"the environment's RANK must be below WORLD_SIZE={numbers['WORLD_SIZE']}, got "
+                f"{numbers['RANK']}; start the ranks with torchrun, or type unset WORLD_SIZE RANK"
+            )
 
 
 def named_after_job(arguments: list[str]) -> list[str]:
@@ -114,52 +165,145 @@ class TaskOfCommand:
 
     Attributes:
         task: what does the work, to be called in another process.
+        has_begun: whether it was called: what is raised before is of what was typed.
+        is_unread: whether what reads the output has left, as `| head` does.
     """
 
     def __init__(self, task: Callable[[DictConfig], Any]) -> None:
         self.task = task
+        self.has_begun = False
+        self.is_unread = False
         self.refused: list[Exception] = []
         self.failed: list[Exception] = []
 
     def __call__(self, cfg: DictConfig) -> Any:
+        self.has_begun = True
         gc.enable()
         try:
             return self.task(cfg)
-        except REFUSALS as error:
-            if is_of_the_user(error):
-                raise
-            self.refused.append(error)  # raised from here, Hydra would print a traceback's head
         except RankFailed as failure:
             self.failed.append(failure)  # its traceback is that of the rank: ours would hide it
+        except BrokenPipeError:
+            self.is_unread = True
+        except Exception as error:
+            if not is_told_in_a_line(error):
+                raise
+            self.refused.append(error)  # raised from here, Hydra would print a traceback's head
 
 
-def is_of_the_user(error: BaseException) -> bool:
-    """Whether a class of the user's raised it while it was built: the traceback says where."""
-    return isinstance(error, InstantiationException) and not _is_not_found(error)
+OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
+"""Errors that are nobody's mistake in code: no space, a read-only disk, too few descriptors."""
 
 
-def _is_not_found(error: BaseException) -> bool:
-    return str(error).startswith("Error locating target")
+def is_told_in_a_line(error: BaseException) -> bool:
+    """Whether an error is of what was typed or of the machine, and a traceback would not help."""
+    if isinstance(error, InstantiationException):  # or a class of the user's raised it
+        return error.__cause__ is not None and is_told_in_a_line(error.__cause__)
+    if isinstance(error, OSError):
+        return error.errno in OF_THE_MACHINE
+    return isinstance(error, REFUSALS) or _is_refused_by_lightning(error)
+
+
+def _is_refused_by_lightning(error: BaseException) -> bool:
+    """Whether Lightning itself says in words what it does not take."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1] if frames else None
+    return (
+        isinstance(error, Exception)
+        and last is not None
+        and "/lightning/" in last.filename
+        and (last.line or "").startswith("raise ")
+    )
 
 
 def explain(error: BaseException) -> str:
-    """The text of an error of composing or checking, in terms of what was typed."""
+    """The text of an error of composing or checking, in terms of what was typed, in one line."""
+    said = []
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, ConfigKeyError | ConfigAttributeError):
-            return _unknown_key(cause)
-        if isinstance(cause, InterpolationResolutionError):
-            return f"{cause.full_key}: {_lower_first(cause)}; type {cause.full_key}=VALUE"
-        if isinstance(cause, MissingMandatoryValue):
-            return f"{cause.full_key} is required; type {cause.full_key}=VALUE"
-        if isinstance(cause, ValidationError):
-            return f"{cause.full_key}: {_lower_first(cause)}"
-        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
-            return _unknown_preset(cause)
-        if isinstance(cause, InstantiationException):
-            return f"{cause.__cause__ or cause}; type the target as package.module.Class"
-        cause = cause.__cause__ if isinstance(cause, ConfigCompositionException) else None
-    return str(error)
+        text = _explained(cause)
+        if text is not None:
+            return " ".join(text.split())
+        said.append(" ".join(str(cause).split()))
+        cause = cause.__cause__
+    first, *_, last = said[0], *filter(None, said)
+    return (first if first == last else f"{first}: {last}").lstrip(": ") or type(error).__name__
+
+
+def _explained(error: BaseException) -> str | None:
+    """What is known of an error by its kind; None where its own words are all there is."""
+    if isinstance(error, Refused):
+        return str(error)
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        return explain(error.__cause__)
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        return _unknown_key(error)
+    if isinstance(error, InterpolationResolutionError):
+        if IN_RESOLVER in str(error):  # of which OmegaConf keeps the text only
+            return str(error).partition(IN_RESOLVER)[2].splitlines()[0]
+        return f"{error.full_key}: {_lower_first(error)}; type {error.full_key}=VALUE"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is required; type {error.full_key}=VALUE"
+    if isinstance(error, ValidationError):
+        return f"{error.full_key}: {_lower_first(error)}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _unknown_preset(error)
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override} cannot be read: {_lower_first(error)}; put what Hydra's grammar "
+            "would read into quotes: 'key=\"value\"'"
+        )
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name}:{mark.line + 1}: {error.problem}; this file is no YAML: mend it"
+    if isinstance(error, UnicodeDecodeError):
+        return f"{_undecodable()} is no text of UTF-8: {error.reason}; mend it"
+    if str(error).startswith(NO_PRESET):
+        return _no_preset()
+    if str(error).startswith(OFF):
+        typed = [word for word in sys.argv[1:] if word.partition("=")[0].count(".") > 1]
+        return (
+            f"{' or '.join(typed) or 'a key'} has no effect: what it belongs to is null; choose a "
+            "preset that has it as well"
+        )
+    if isinstance(error, RecursionError):
+        return "a preset includes itself, or two include each other; look at their defaults:"
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename is not None else ""
+        words = (error.strerror or str(error)).lower()
+        return f"{place}{words}; when that is mended, the same command goes on with its run"
+    return None
+
+
+IN_RESOLVER = "Refused raised while resolving interpolation: "
+
+NO_PRESET = "Config group override must be a string"
+"""How Hydra begins to say that a group was given something else, and does not say which."""
+
+
+OFF = "Unexpected type for root: NoneType"
+"""What OmegaConf says of a key of something that is null."""
+
+
+def _no_preset() -> str:
+    for word in sys.argv[1:]:
+        group, _, value = word.partition("=")
+        presets = groups().get(group, ([], ""))[0]
+        if presets and value not in presets:
+            off = f"; to switch it off type {group}=none" if "none" in presets else ""
+            return f"{word} is not a preset; choose one of {', '.join(presets)}{off}"
+    return f"{NO_PRESET}, which the name of a preset is"
+
+
+def _undecodable() -> str:
+    """The file of a `--config-dir` that is meant where Hydra does not say which."""
+    folders = [Path(word) for word in sys.argv if Path(word).is_dir()]
+    for path in (path for folder in folders for path in sorted(folder.rglob("*.yaml"))):
+        try:
+            path.read_bytes().decode()
+        except UnicodeDecodeError:
+            return str(path)
+    return "a preset"
 
 
 def _lower_first(error: BaseException) -> str:
@@ -170,10 +314,16 @@ def _lower_first(error: BaseException) -> str:
 def _unknown_key(error: OmegaConfBaseException) -> str:
     key = str(error.full_key)
     parent = error.parent_node
-    prefix, _, name = key.rpartition(".")
+    prefix = key.rpartition(".")[0]
     known = [str(item) for item in parent or ()] if isinstance(parent, DictConfig) else []
     if not known and prefix in groups():
         return no_effect(key, prefix)
+    return unknown_key(key, known)
+
+
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """What to say of a key that is none, where these are known beside it."""
+    prefix, _, name = key.rpartition(".")
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     names = [f"{prefix}.{item}" if prefix else item for item in nearest or sorted(known)]
     if nearest:
@@ -191,7 +341,7 @@ def _unknown_preset(error: MissingConfigException) -> str:
     group, _, preset = str(error.missing_cfg_file).rpartition("/")
     presets = sorted(error.options or [])
     if not group or not presets:
-        return str(error)
+        return str(error).splitlines()[0]
     nearest = difflib.get_close_matches(preset, presets, n=1)
     hint = f"; did you mean {group}={nearest[0]}?" if nearest else ""
     return f"{group}={preset} is not a preset; choose one of {', '.join(presets)}{hint}"

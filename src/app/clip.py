@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from app.errors import Refused
 from app.sharded import Sharded, Spread
 
 Measured = tuple[float, Callable[[], None] | None]
@@ -227,7 +228,7 @@ class Clip(Callback, ABC):
         if stage != "fit":
             return
         if trainer.gradient_clip_val is not None:
-            raise ValueError(
+            raise Refused(
                 "trainer.gradient_clip_val must be null beside a clip preset, got "
                 f"{trainer.gradient_clip_val}; to clip by Lightning alone use clip=none"
             )
@@ -371,7 +372,7 @@ class AdaptiveClip(Clip):
 
     The weight norm counts as at least `eps`; both > 0. `exclude` holds patterns on parameter names,
     `exclude_head` leaves alone what the last module with a trainable matrix of its own owns.
-    Raises ValueError for a pattern that matches nothing, a head not found, a sparse gradient.
+    Raises Refused for a pattern that matches nothing, a head not found, a sparse gradient.
 
     Source: AGC, arXiv 2102.06171, with timm's units, but in one pass over all parameters.
     """
@@ -399,7 +400,7 @@ class AdaptiveClip(Clip):
         for pattern in self.exclude:
             found = [param for name, param in named.items() if fnmatchcase(name, pattern)]
             if not found:
-                raise ValueError(
+                raise Refused(
                     f"clip.exclude must match parameter names, got {pattern}; "
                     f"the names are {', '.join(named)}"
                 )
@@ -408,7 +409,7 @@ class AdaptiveClip(Clip):
             owned = [list(module.parameters(recurse=False)) for module in pl_module.modules()]
             heads = [own for own in owned if any(p.ndim > 1 and p.requires_grad for p in own)]
             if not heads:
-                raise ValueError(
+                raise Refused(
                     "clip.exclude_head must find a module with a trainable matrix, got none in "
                     f"{type(pl_module).__name__}; type clip.exclude_head=false"
                 )
@@ -423,7 +424,7 @@ class AdaptiveClip(Clip):
                 continue
             weight = param.to_local() if isinstance(param, DTensor) else param
             if grad.shape != weight.shape:
-                raise ValueError(
+                raise Refused(
                     "clip=adaptive must have dense gradients, got a sparse one of a parameter of "
                     f"shape {tuple(param.shape)}; name that parameter in clip.exclude"
                 )

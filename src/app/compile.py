@@ -13,6 +13,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from app.blocks import Forward, wrap_forward
+from app.errors import Refused
 
 NO_FORWARD = (nn.Module.forward, pl.LightningModule.forward)
 
@@ -51,7 +52,7 @@ def refuse_without_compiler(*, on_cpu: bool) -> None:
     """Raise ValueError where torch.compile would end in a hundred lines of traceback."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if on_cpu and sys.platform != "win32" and shutil.which(compiler) is None:
-        raise ValueError(
+        raise Refused(
             f"compile needs a C++ compiler on the CPU, and there is no {compiler} here; install "
             "one (Debian: apt-get install g++), name one in the environment variable CXX, or use "
             "compile=none"
@@ -78,13 +79,13 @@ class Compile:
     def apply(self, model: nn.Module, *, accelerator: str) -> None:
         """Compile in place, at the first call of each part; a second `apply` changes nothing.
 
-        Raises ValueError where there is nothing to compile, or nothing to compile it with.
+        Raises Refused where there is nothing to compile, or nothing to compile it with.
         """
         on_cpu = accelerator == "cpu" or (
             accelerator == "auto" and not torch.accelerator.is_available()
         )
         if on_cpu and self.mode == "reduce_overhead":
-            raise ValueError(
+            raise Refused(
                 "compile=reduce_overhead needs a GPU: CUDA graphs are all that it adds to "
                 "compile=default; use that one"
             )
@@ -92,7 +93,7 @@ class Compile:
         parts = dict(worth_compiling(model))
         has_forward = type(model).forward not in NO_FORWARD
         if not parts and not has_forward:
-            raise ValueError(
+            raise Refused(
                 f"compile found nothing to compile in {type(model).__name__}: it has no forward, "
                 "and no part of several layers; move the layers to its forward, or use "
                 "compile=none"

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from app import cli
-from app.check import check
+from app.config import check
 from app.errors import Refused
 from app.folder import RunFolder
 from app.imports import importing
@@ -84,13 +84,14 @@ def evaluate(config: Any, folder: RunFolder, *, stage: str, checkpoint: Path) ->
     with importing():
         import torch
 
-        from app.build import build_callbacks, build_model_and_data, build_trainer
+        from app.build import build_callbacks, build_model_and_data, build_trainer, seed_all
 
     # one device sees every sample once, and any strategy's checkpoint is of whole tensors
     config = {**config, "strategy": {"_target_": SINGLE}}
     model, data = build_model_and_data(config)
     callbacks = {**(config["callbacks"] or {}), "checkpoint": None}
     trainer = build_trainer(config, callbacks=build_callbacks({"callbacks": callbacks}), loggers=[])
+    seed_all(config)
     # the techniques of the fit are not here: their work is in the weights
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
     if stage == "predict":

@@ -12,16 +12,24 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from app.errors import Refused, Unreadable
-from app.process.files import read_json, read_yaml, write_atomically, write_json
+from app.process.files import (
+    read_json,
+    read_yaml,
+    read_yaml_list,
+    write_atomically,
+    write_json,
+)
 
 OF_THE_COMMAND = ("name", "resume", "run_dir", "tuned", "fit", "launch", "objective", "direction",
                   "sweep")  # fmt: skip
@@ -41,6 +49,14 @@ def _is_number_by_name(value: Any) -> bool:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _is_status(value: Any) -> bool:
+    return value in ("queued", "running", "failed", "interrupted", *ENDED)
+
+
+def _is_slurm_job(value: Any) -> bool:
+    return _is_text(value) and re.fullmatch(r"[0-9]+([_+][0-9]+)?", value) is not None
 
 
 def _is_group(value: Any) -> bool:
@@ -63,12 +79,17 @@ CONFIG = {
 """What each key of a config.yaml must hold that has it."""
 
 RESULT = {
-    **dict.fromkeys(("status", "name", "error", "where", "config_hash", "slurm_job"), _is_text),
+    **dict.fromkeys(("name", "error", "where", "config_hash"), _is_text),
     **dict.fromkeys(("metrics", "seconds"), _is_number_by_name),
-    **dict.fromkeys(("optimizer_steps", "epochs", "rank"), _is_number),
+    **dict.fromkeys(("optimizer_steps", "epochs", "rank", "submitted_at"), _is_number),
     **dict.fromkeys(("batch", "checkpoints"), _is_group),
+    "status": _is_status,
+    "slurm_job": _is_slurm_job,
 }
 """Likewise of a result.json."""
+
+NEEDED = ("model", "seed", "callbacks", "tuner", "status")
+"""Keys without which either is no run's, or only its beginning."""
 
 
 def refuse_other_shape(
@@ -76,6 +97,8 @@ def refuse_other_shape(
 ) -> None:
     """Raise Unreadable where a key holds another kind of value than those that we write."""
     for key, holds in shape.items():
+        if key not in content and key in NEEDED:
+            raise Unreadable(path, f"it has no {key}, as those of runs have")
         if key in content and not holds(content[key]):
             raise Unreadable(path, f"{key} holds {content[key]!r:.60}")
 
@@ -143,7 +166,12 @@ class RunFolder:
 
     def refuse_changes(self, config: Mapping[str, Any]) -> None:
         """Raise Refused, naming the keys, where the run in the folder has another configuration."""
-        before = self.read_config()
+        try:
+            before = self.read_config()
+        except Unreadable as torn:
+            self._refuse_other_hash(config, torn)
+            print(f"{torn}; it is made anew")
+            return
         if before is None:
             return
         old, new = what_decides(before), what_decides(config)
@@ -154,6 +182,39 @@ class RunFolder:
                 f"{self.path} holds a run with another configuration:\n{lines}\n"
                 "give this run another name=, or type resume=never to move the old one aside"
             )
+
+    def _refuse_other_hash(self, config: Mapping[str, Any], torn: Unreadable) -> None:
+        said = (self.read_result() or {}).get("config_hash")
+        if said is not None and said != config_hash(config):
+            raise Refused(
+                f"{torn}, and {self.result_path.name} is of another configuration; give this run "
+                "another name=, or type resume=never to move the old one aside"
+            )
+
+    def refuse_shared(self) -> None:
+        """Raise Refused where the folder would hold more than a run: the one that commands are
+        typed in, or one above it."""
+        typed_in = HydraConfig.get().runtime.cwd if HydraConfig.initialized() else os.getcwd()
+        if Path(typed_in).resolve().is_relative_to(self.path.absolute().resolve()):
+            raise Refused(
+                f"hydra.run.dir must be a folder of its own, got {self.path}; leave it out, or "
+                "type hydra.run.dir=runs/mine"
+            )
+
+    def forget_torn(self) -> None:
+        """Take away what is torn of what a command makes anew; say so."""
+        for read in (
+            self.read_result,
+            lambda: read_yaml(self.path / "tuned.yaml"),
+            lambda: read_yaml_list(self.path / "overrides.yaml"),
+        ):
+            try:
+                read()
+            except Unreadable as torn:
+                if not torn.path.is_file():
+                    raise
+                torn.path.unlink()
+                print(f"{torn}; it is made anew")
 
     def remove_if_empty(self) -> None:
         """Take away the folder that Hydra made for a command that was then refused.
@@ -167,14 +228,35 @@ class RunFolder:
                 raise
 
     def move_aside(self) -> None:
-        """Rename a run that is in the folder, so that nothing of it is lost."""
-        if self.config_path.exists():
-            number = 1
-            while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
-                number += 1
-            self.path.rename(aside)
-            self.path.mkdir()
-            print(f"the run that was in {self.path} is now in {aside}")
+        """Rename a run that is in the folder, so that nothing of it is lost.
+
+        Raises Refused where what is in the folder is no run, or holds others.
+        """
+        if not self.config_path.exists():
+            return
+        if any(self.path.glob("*/config.yaml")) or not self._holds_run():
+            raise Refused(
+                f"{self.path} holds more than a run, or none, and resume=never moves a run only; "
+                "give this run another name="
+            )
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        self.path.rename(aside)
+        self.path.mkdir()
+        print(f"the run that was in {self.path} is now in {aside}")
+
+    def _holds_run(self) -> bool:
+        """Whether one of the files says so that nobody else writes like this."""
+        try:
+            config = self.read_config() or {}
+        except Unreadable:
+            config = {}
+        try:
+            result = self.read_result() or {}
+        except Unreadable:
+            result = {}
+        return {"model", "data", "trainer", "seed"} <= config.keys() or "config_hash" in result
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -208,6 +290,26 @@ class RunFolder:
             except BlockingIOError:
                 return True
         return False
+
+
+def refuse_unwritable(folders: Mapping[str, str]) -> None:
+    """Raise Refused where a folder that a run writes into, by its key, cannot be made, or written
+    to. Leaves none behind."""
+    for key, path in folders.items():
+        missing = [part for part in (Path(path), *Path(path).parents) if not part.exists()]
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+            reason = None if os.access(path, os.W_OK | os.X_OK) else "permission denied"
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+        for made in missing:
+            with suppress(OSError):  # it could not be made, or another process has it by now
+                made.rmdir()
+        if reason is not None:
+            raise Refused(
+                f"{key} must be a folder that can be written to, got {path}: {reason}; type "
+                f"{key}=PATH"
+            )
 
 
 def what_decides(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
-from app.check import check
 from app.cli import groups
+from app.config import check
 from app.errors import Refused
 
 GROUPS = ("accumulate", "clip", "averaging", "tuner", "sharing", "optimizer", "scheduler",

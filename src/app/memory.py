@@ -12,12 +12,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from app.blocks import Forward, find_blocks, outermost, wrap_forward
+from app.errors import Refused
 
 
 def recomputed(forward: Forward) -> Forward:
     """A forward that forgets its activations; the backward pass computes them again.
 
-    Acts where gradients are recorded. Raises ValueError where the block changes a buffer, which
+    Acts where gradients are recorded. Raises Refused where the block changes a buffer, which
     would change twice; running statistics are right, for the second run leaves them alone.
     """
 
@@ -78,7 +79,7 @@ def _versions(block: nn.Module) -> dict[str, tuple[int, int]]:
 def _refuse_changed_buffers(block: nn.Module, before: dict[str, tuple[int, int]]) -> None:
     for name, version in _versions(block).items():
         if version != before.get(name):
-            raise ValueError(
+            raise Refused(
                 f"memory cannot checkpoint {type(block).__name__}: each run of it changes its "
                 f"buffer {name}, and checkpointing runs it twice; type other memory.classes, or "
                 "use memory=none"
@@ -102,7 +103,7 @@ class Checkpointing:
     def apply(self, model: nn.Module) -> None:
         """Checkpoint the outermost blocks, in place; a second call changes nothing.
 
-        Raises ValueError where the model has no such blocks.
+        Raises Refused where the model has no such blocks.
         """
         found = find_blocks(
             model, classes=self.classes, min_parameters=self.min_parameters, prefix="memory."

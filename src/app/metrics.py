@@ -1,16 +1,20 @@
 """What a run measures while it trains, at the cost of one logger call in many steps."""
 
 import csv
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from app.errors import Refused, Unreadable
+from app.process.files import read_steps, skipped
 from app.shares import mean_over_ranks
 
 
@@ -126,6 +130,62 @@ class StepMetrics(pl.Callback):
             logger.save()
 
 
+class AwaitedMetrics(pl.Callback):
+    """Ends a run whose configuration names a metric that it does not measure: not at its end, but
+    after its first validation.
+
+    Args:
+        awaited: names of metrics, by the keys that hold them. One of the test is not waited for.
+    """
+
+    def __init__(self, awaited: Mapping[str, str]) -> None:
+        self._awaited = {key: name for key, name in awaited.items() if "test" not in name}
+        self._has_validated = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._has_validated = True
+        # EarlyStopping asks for its metric now, what is left may be of the training
+        self._refuse_missing(trainer, pl_module, lambda key, name: "val" in name or key == EARLY)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._has_validated and not is_overridden("on_train_epoch_end", pl_module):
+            self._refuse_missing(trainer, pl_module, lambda key, name: True)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._has_validated:
+            self._refuse_missing(trainer, pl_module, lambda key, name: True)
+
+    def _refuse_missing(
+        self,
+        trainer: pl.Trainer,
+        model: pl.LightningModule,
+        is_due: Callable[[str, str], bool],
+    ) -> None:
+        measured = trainer.callback_metrics
+        self._awaited = {k: name for k, name in self._awaited.items() if name not in measured}
+        for key, name in self._awaited.items():
+            if is_due(key, name):
+                raise Refused(
+                    f"{key} must be one of {', '.join(sorted(measured)) or 'no metric at all'}, "
+                    f"which {type(model).__name__} logs, got {name}; type {key}=METRIC"
+                )
+
+
+EARLY = "callbacks.early_stopping.monitor"
+
+
+def awaited_metrics(config: Mapping[str, Any]) -> dict[str, str]:
+    """The metrics that a configuration names, and without which it fails, by their keys."""
+    found = {
+        "objective": config["objective"],
+        EARLY: ((config["callbacks"] or {}).get("early_stopping") or {}).get("monitor"),
+        "scheduler.monitor": (config["scheduler"] or {}).get("monitor"),
+    }
+    return {key: name for key, name in found.items() if name is not None}
+
+
 class MetricsCsv(Logger):
     """One line per logged optimizer step, a column per metric, in `metrics.csv`.
 
@@ -180,6 +240,13 @@ class MetricsCsv(Logger):
             file.truncate()
 
     @rank_zero_only
+    def sync(self) -> None:
+        """Let what was written reach the disk: before a checkpoint that goes on from there."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Bring the file up to date."""
         self.save()
@@ -200,14 +267,26 @@ class MetricsCsv(Logger):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a `metrics.csv`, without their empty cells; none where there is no file."""
-    return [
-        {name: float(cell) for name, cell in line.items() if cell} for line in _read_lines(path)
-    ]
+    """The lines of a `metrics.csv`, without their empty cells; none where there is no file.
+
+    Raises Unreadable where it is no file, and warns of what is torn: the run itself goes on.
+    """
+    return [{name: float(cell) for name, cell in line.items()} for line in _read_lines(path)]
 
 
 def _read_lines(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
+    lines, torn = [], []
+    try:
+        for number, line in read_steps(path):
+            if line is None:
+                torn.append(number)
+            else:
+                lines.append(line)
+    except Unreadable as error:
+        if not path.is_file():
+            raise
+        rank_zero_warn(f"{error}; the file begins anew")
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    if torn:
+        rank_zero_warn(f"{path}: {skipped(torn)}")
+    return lines

@@ -9,6 +9,8 @@ from lightning.pytorch.utilities.types import LRSchedulerConfigType
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
+from app.errors import Refused
+
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 MakeSchedule = Callable[[Optimizer, int], LRSchedulerConfigType]
 
@@ -25,7 +27,7 @@ def configure_optimizers(
         return {"optimizer": optimizer}
     steps = model.trainer.estimated_stepping_batches
     if steps == math.inf:
-        raise ValueError(
+        raise Refused(
             "scheduler needs the number of optimizer steps, and neither the data nor the limits "
             "tell it; type trainer.max_steps=1000, or use scheduler=none"
         )
@@ -97,7 +99,7 @@ class WarmupDecay:
     def __call__(self, optimizer: Optimizer, total: int) -> LRSchedulerConfigType:
         warmup = self.warmup if isinstance(self.warmup, int) else round(self.warmup * total)
         if warmup >= total:
-            raise ValueError(
+            raise Refused(
                 f"scheduler.warmup must be below the {total} optimizer steps of the run, "
                 f"got {warmup}; type scheduler.warmup=0.05"
             )

@@ -2,6 +2,8 @@
 
 import torch
 
+from app.errors import Refused
+
 AMPERE = (8, 0)
 ADA = (8, 9)
 
@@ -9,7 +11,7 @@ ADA = (8, 9)
 def use_matmul(matmul: str, *, mode: str, accelerator: str) -> None:
     """Set how exact products of float32 matrices are, for the whole process.
 
-    Acts when the trainer is built. Raises ValueError where the device has no arithmetic for
+    Acts when the trainer is built. Raises Refused where the device has no arithmetic for
     `matmul` (high or medium; highest is everywhere) or `mode` (transformer-engine).
     """
     if matmul == "high":
@@ -29,6 +31,6 @@ def _require_gpu(
         found = f"this is a {torch.cuda.get_device_name()}"
     else:
         return
-    raise ValueError(
+    raise Refused(
         f"precision={preset} needs a GPU since {family}, and {found}; use precision={instead}"
     )

@@ -47,11 +47,11 @@ class Record:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Write the file now and at the end: with `outcome`, interrupted or failed."""
-        self._write()
+        self.write()
         try:
             yield
             self.content["status"] = self.outcome
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit, BrokenPipeError):
             self.content["status"] = "interrupted"
             raise
         except BaseException as error:
@@ -63,9 +63,10 @@ class Record:
             }
             raise
         finally:
-            self._write()
+            self.write()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Bring the file up to date."""
         if self._writes:
             self._folder.write_result(self.content)
 

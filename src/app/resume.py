@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
+from app.errors import Refused
 from app.random_state import draw_apart, random_state, set_random_state
 from app.shares import rebuilt, share_of
 
@@ -110,12 +111,12 @@ class ResumableLoader:
 def without_persistent_workers(loader: Any) -> Any:
     """The same loader with new workers every epoch: the random state of kept ones is out of reach.
 
-    Raises ValueError for a subclass of DataLoader that keeps its workers.
+    Raises Refused for a subclass of DataLoader that keeps its workers.
     """
     if not getattr(loader, "persistent_workers", False):
         return loader
     if type(loader) is not DataLoader:
-        raise ValueError(
+        raise Refused(
             f"{type(loader).__name__} keeps its workers between epochs, and their random state "
             "cannot be saved; give it persistent_workers=False, or type resume=never"
         )

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from app.blocks import find_blocks, num_parameters
+from app.errors import Refused
 from app.launch.ranks import ranks
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step", "forward")
@@ -231,7 +232,7 @@ class Fsdp2(Sharded, ModelParallelStrategy):
         timeout_min: minutes that a rank waits for the others.
 
     Raises:
-        ValueError: where a pattern matches no linear layer, or a model without `configure_model`
+        Refused: where a pattern matches no linear layer, or a model without `configure_model`
             steps its own optimizers.
     """
 
@@ -319,7 +320,7 @@ class Fsdp2(Sharded, ModelParallelStrategy):
         if isinstance(model, FSDPModule):  # a test after the fit
             return
         if not model.automatic_optimization:
-            raise ValueError(
+            raise Refused(
                 f"strategy=fsdp2 cannot shard {type(model).__name__}, which steps its own "
                 "optimizers (automatic_optimization=False); give it a configure_model, or use "
                 "strategy=ddp"
@@ -353,7 +354,7 @@ class Fsdp2(Sharded, ModelParallelStrategy):
             for pattern in patterns:
                 matched = [name for name in linear if fnmatchcase(name, pattern)]
                 if not matched:
-                    raise ValueError(
+                    raise Refused(
                         f"strategy.{key} must match names of linear layers, got {pattern}; "
                         f"{type(model).__name__} has {', '.join(linear) or 'none'}"
                     )

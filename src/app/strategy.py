@@ -4,6 +4,7 @@ from datetime import timedelta
 
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
+from app.errors import Refused
 from app.sharded import Blocks, Fsdp, Fsdp2
 
 SHARDING = {"full": "FULL_SHARD", "gradients": "SHARD_GRAD_OP", "hybrid": "HYBRID_SHARD"}
@@ -113,6 +114,4 @@ def deepspeed(
             offload_parameters=offload_parameters,
         )
     except ModuleNotFoundError as error:
-        raise ImportError(
-            "strategy=deepspeed needs DeepSpeed: pip install 'app[deepspeed]'"
-        ) from error
+        raise Refused("strategy=deepspeed needs DeepSpeed: pip install 'app[deepspeed]'") from error

@@ -2,7 +2,9 @@
 
 import logging
 import math
+import sqlite3
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from app.cli import TaskOfCommand
-from app.errors import JobsFailed, RankFailed, Refused
+from app.errors import JobsFailed, RankFailed, Refused, Unreadable
+from app.process.files import opened, write_atomically
 from app.sweep.folder import SweepFolder
 
 log = logging.getLogger(__name__)
@@ -19,6 +22,9 @@ log = logging.getLogger(__name__)
 STORAGE = "study.db"
 STUDY = "study"
 BEST = "optimization_results.yaml"
+SQLITE = b"SQLite format 3\0"
+"""How each of its files begins."""
+TIMEOUT_S = 60
 PRUNED = "pruned"
 """The user attribute of a trial whose run was to end early."""
 
@@ -67,7 +73,8 @@ class Study:
         folder = SweepFolder(Path(config.hydra.sweep.dir))
         if config.launch is None and not folder.hold():  # a queue holds it already
             raise Refused(folder.held_message())
-        OmegaConf.save(config, folder.path / "multirun.yaml")  # as Hydra's own sweeper does
+        # as Hydra's own sweeper does
+        write_atomically(folder.path / "multirun.yaml", OmegaConf.to_yaml(config))
         try:
             study = open_study(folder.path / STORAGE)
         except KeyError:
@@ -161,7 +168,7 @@ class Study:
             raise JobsFailed(f"none of {len(study.trials)} trials came to an objective")
         best = study.best_trial
         content = {"name": "optuna", "best_params": best.params, "best_value": best.value}
-        OmegaConf.save(OmegaConf.create(content), self._folder.path / BEST)
+        write_atomically(self._folder.path / BEST, OmegaConf.to_yaml(content))
         print(
             f"best: trial {best.number}, {self._config.objective} {best.value:.4g}, {best.params}"
         )
@@ -173,15 +180,36 @@ def may_be_reported(objective: str) -> bool:
 
 
 def open_study(path: Path) -> Any:
-    """The study in a storage. Raises KeyError where there is none."""
+    """The study in a storage.
+
+    Raises KeyError where there is none, and Unreadable where the file is torn, or no database.
+    """
     import optuna
 
+    _refuse_torn(path)
     return optuna.load_study(study_name=STUDY, storage=url(path))
+
+
+def _refuse_torn(path: Path) -> None:
+    file = opened(path)
+    if file is None:
+        return
+    with file:
+        head = file.read(len(SQLITE))
+    try:
+        if head != SQLITE:
+            raise sqlite3.DatabaseError("it is no database")
+        with closing(sqlite3.connect(path, timeout=TIMEOUT_S)) as database:
+            ((said, *_), *_) = database.execute("PRAGMA quick_check")
+        if said != "ok":
+            raise sqlite3.DatabaseError(said)
+    except sqlite3.DatabaseError as error:
+        raise Unreadable(path, f"{error}; type another name=, which begins a new study") from None
 
 
 def url(path: Path) -> str:
     """Of a storage, as SQLAlchemy names it; a writer waits a minute for the others."""
-    return f"sqlite:///{path}?timeout=60"
+    return f"sqlite:///{path}?timeout={TIMEOUT_S}"
 
 
 def _sampler(settings: Any, *, seed: int) -> Any:

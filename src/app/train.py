@@ -11,9 +11,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from app import cli
-from app.check import check
+from app.config import check, folders
 from app.errors import Refused
-from app.folder import ENDED, RunFolder
+from app.folder import ENDED, RunFolder, refuse_unwritable
 from app.imports import importing
 from app.launch import is_slurm
 from app.launch.asked import asked
@@ -124,9 +124,12 @@ def prepare(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     Raises Refused where the folder holds another run.
     """
     config = check(cfg)
+    folder.refuse_shared()
+    refuse_unwritable(folders(cfg))
     if config["resume"] == "never":
         folder.move_aside()
-    tuned = recalled(config, folder.path)
+    folder.forget_torn()
+    tuned = recalled(config, folder)
     if tuned is not None:
         config = check(with_overrides(cfg, tuned))
     folder.refuse_changes(config)
@@ -171,7 +174,7 @@ def search_and_train(
 def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     """Fit and test; returns the content of result.json, which is written also on a failure."""
     with importing():
-        from app.build import build
+        from app.build import build, seed_all
         from app.checkpoint import newest_intact
         from app.launch.signals import StopsOnSignal
         from app.progress import StartTable
@@ -202,12 +205,14 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
             "batch": start.batch or before.get("batch", {}),  # no step was left to make
             "checkpoints": run.checkpoints(),
         }
+        record.write()  # what is known now is not measured again where the test is cut
         is_pruned = any(callback.has_pruned for callback in pruning)
         if is_pruned:
             record.outcome = "pruned"
         elif config["test"] != "none" and run.has_test():
             path = record.content["checkpoints"][config["test"]]
             with record.phase("test"):
+                seed_all(config)
                 metrics = run.trainer.test(
                     run.model, datamodule=run.data, ckpt_path=path, verbose=False
                 )

@@ -3,7 +3,9 @@
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,12 @@ from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.strategies import Strategy
 
 from app.accumulate import Accumulation
-from app.launch.ranks import started_elsewhere
+from app.errors import Refused
+from app.launch.ranks import LOOPBACK, keep_to_loopback, started_elsewhere, store_at
 from app.precision import use_matmul
+
+THREADS_PER_CORE = 8
+"""More than these wait for each other, for minutes, in each operation."""
 
 EVERY_BATCH = (
     "on_train_batch_start",
@@ -40,12 +46,37 @@ def switch_off_inherited_hooks(callback: pl.Callback) -> None:
             setattr(callback, hook, None)
 
 
+def refuse_hardware(threads: int | None, accelerator: str) -> None:
+    """Raise Refused where this machine has not what a configuration asks for."""
+    num_cores = os.cpu_count() or 1
+    if threads is not None and threads > THREADS_PER_CORE * num_cores:
+        raise Refused(
+            f"trainer.threads must be <= {THREADS_PER_CORE * num_cores} on a machine of "
+            f"{num_cores} cores, got {threads}; type trainer.threads=null"
+        )
+    has: dict[str, Callable[[], bool]] = {
+        "gpu": torch.accelerator.is_available,
+        "mps": torch.backends.mps.is_available,
+        "tpu": lambda: find_spec("torch_xla") is not None,
+    }
+    if accelerator in has and not has[accelerator]():
+        raise Refused(
+            f"trainer.accelerator={accelerator} finds none here; type trainer.accelerator=cpu"
+        )
+
+
 class _Alone(LightningEnvironment):
-    """A process that no other one looks for: its port is one that is free when it is taken."""
+    """A process that no other one looks for; its process group, where it has one, is for itself."""
+
+    @cached_property
+    def _store(self) -> Any:
+        keep_to_loopback(os.environ)
+        return store_at(LOOPBACK, size=1)
 
     @property
     def main_port(self) -> int:
-        return 0
+        port: int = self._store.port
+        return port
 
 
 class Trainer(pl.Trainer):
@@ -101,6 +132,7 @@ class Trainer(pl.Trainer):
         for callback in callbacks:
             switch_off_inherited_hooks(callback)
         use_matmul(matmul, mode=precision, accelerator=accelerator)
+        refuse_hardware(threads, accelerator)
         if threads is not None:
             torch.set_num_threads(threads)
         if (
@@ -108,9 +140,7 @@ class Trainer(pl.Trainer):
             and accelerator == "auto"
             and not torch.accelerator.is_available()
         ):
-            raise ValueError(
-                "precision=fp16 needs a GPU, and there is none here; use precision=bf16"
-            )
+            raise Refused("precision=fp16 needs a GPU, and there is none here; use precision=bf16")
         on: int | list[int] = devices
         is_one_of_several = started_elsewhere()
         if strategy == "auto":

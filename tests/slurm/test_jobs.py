@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 from cluster import Cluster, why_not
 from conftest import wait_until
+from test_sockets import listening
 
 pytestmark = pytest.mark.slurm
 
@@ -185,6 +187,26 @@ def test_slurm_completed_a_failed_rank_is_failed_everywhere_with_its_traceback(
     printed = commands("app.train", "launch=slurm", "name=waits", *typed, exit_code=1)
     assert "the data are gone" in printed
     assert printed.endswith("job.log\n")
+
+
+def test_the_ranks_of_two_nodes_listen_only_where_the_nodes_names_lead(commands: Commands) -> None:
+    job = commands.submit("listens", *THEIRS, *TWO_BY_TWO, SLOW)
+    commands.until_step("listens", 2)
+    found = listening(processes_of_job(job))
+    commands.cluster.run("scancel", job)
+    assert len(found) >= 5  # the store, and gloo in each rank
+    assert {address for address, _ in found} == {"127.0.0.1"}
+
+
+def processes_of_job(job: str) -> set[int]:
+    """Those of Python."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # it has ended, or is not ours
+            is_python = Path(os.readlink(path.with_name("exe"))).name.startswith("python")
+            if is_python and f"SLURM_JOB_ID={job}".encode() in path.read_bytes().split(b"\0"):
+                found.add(int(path.parent.name))
+    return found
 
 
 def test_a_rank_that_is_killed_fails_the_job_and_is_named(commands: Commands) -> None:

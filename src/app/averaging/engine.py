@@ -24,6 +24,7 @@ from app.averaging.twin import (
     recompute_norms,
     stand_in,
 )
+from app.errors import Refused
 from app.sharded import Sharded
 
 RAW = "raw_weights"
@@ -49,7 +50,7 @@ class Averaging(pl.Callback, ABC):
             averages the running statistics.
 
     Raises:
-        ValueError: where `bn_batches` cannot act, or a second average is in the same trainer.
+        Refused: where `bn_batches` cannot act, or a second average is in the same trainer.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Averaging(pl.Callback, ABC):
         self._reset()
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if sum(isinstance(callback, Averaging) for callback in callbacks) > 1:
-            raise ValueError(
+            raise Refused(
                 "averaging must be one average a run, got several; keep one of the callbacks"
             )
         self._sharded = trainer.strategy if isinstance(trainer.strategy, Sharded) else None
@@ -330,19 +331,19 @@ class Averaging(pl.Callback, ABC):
     def _check_norms(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = type(pl_module).__name__
         if self._sharded is not None and self.bn_batches is not None and norms_of(pl_module):
-            raise ValueError(
+            raise Refused(
                 f"averaging.bn_batches runs a copy of {model}, which cannot be made of sharded "
                 "weights; type averaging.bn_batches=null"
             )
         instead = "type averaging.bn_batches=null to average the running statistics instead"
         if self.bn_batches is not None and norms_of(pl_module):
             if not pl_module.automatic_optimization:
-                raise ValueError(
+                raise Refused(
                     f"averaging.bn_batches cannot act with {model}: it steps its own optimizers "
                     f"(automatic_optimization=False); {instead}"
                 )
             if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-                raise ValueError(
+                raise Refused(
                     f"averaging.bn_batches cannot act with {model}: its training_step takes "
                     f"dataloader_iter; {instead}"
                 )

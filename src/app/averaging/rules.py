@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from app.averaging.engine import Averaging
+from app.errors import Refused
 
 
 def is_due(
@@ -41,14 +42,14 @@ def decay_of(
     """The share of the average that one update keeps: 0 to below 1.
 
     Given, or from the half-life, or such that it remembers `horizon` of a run of `num_steps`.
-    Raises ValueError where the length is needed and unknown (not a positive finite number).
+    Raises Refused where the length is needed and unknown (not a positive finite number).
     """
     if decay is not None:
         return decay
     if half_life_steps is not None:
         return float(0.5 ** (every_n_steps / half_life_steps))
     if not 0 < num_steps < math.inf:
-        raise ValueError(
+        raise Refused(
             "averaging.decay must be given where the length of the run is not known, got null; "
             "type averaging.decay=0.999, or give the run a length with trainer.max_steps"
         )
@@ -70,12 +71,12 @@ def annealed(*, start: float, end: float, progress: float, strategy: str) -> flo
 def first_epoch(*, start: int | float, max_epochs: int | None) -> int:
     """The epoch, from 0, that a number of epochs (int) or a share of the run (float) stands for.
 
-    Raises ValueError for a share of a run without a number of epochs.
+    Raises Refused for a share of a run without a number of epochs.
     """
     if isinstance(start, int):
         return start
     if max_epochs is None or max_epochs < 0:
-        raise ValueError(
+        raise Refused(
             "averaging.start must be a number of epochs or null where trainer.max_epochs sets no "
             f"end, got {start}; type averaging.start=10, or averaging.start=null "
             "averaging.start_step=1000"
@@ -227,7 +228,7 @@ class Swa(Averaging):
         start_step, every_n_steps, validate, bn_batches: see `Averaging`.
 
     Raises:
-        ValueError: where `lr` is a list of another length than there are parameter groups, or
+        Refused: where `lr` is a list of another length than there are parameter groups, or
             `start` a share of a run without a number of epochs.
     """
 
@@ -268,7 +269,7 @@ class Swa(Averaging):
             self._start_epoch = first_epoch(start=self.start, max_epochs=trainer.max_epochs)
         num_groups = sum(len(optimizer.param_groups) for optimizer in trainer.optimizers)
         if isinstance(self.lr, list) and len(self.lr) != num_groups:
-            raise ValueError(
+            raise Refused(
                 f"averaging.lr must be one number, or {num_groups} for the parameter groups of "
                 f"{type(pl_module).__name__}, got {self.lr}; type averaging.lr={self.lr[0]}"
             )

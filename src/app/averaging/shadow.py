@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from app.errors import Refused
+
 
 class Shadow:
     """The averaged tensors of a module, and which of both, average or raw, the module now holds.
@@ -114,10 +116,10 @@ class Shadow:
     def restore(self, raw: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
         """Take `averages` for the average, the live tensors where it has none; make `raw` live.
 
-        Raises ValueError where the module lacks one of `raw`.
+        Raises Refused where the module lacks one of `raw`.
         """
         if missing := raw.keys() - self._live.keys():
-            raise ValueError(
+            raise Refused(
                 f"the checkpoint holds raw weights that {type(self._module).__name__} has not: "
                 f"{', '.join(sorted(missing))}; resume with the model it was written with"
             )

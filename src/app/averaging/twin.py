@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
+from app.errors import Refused
 from app.shares import mean_over_ranks
 
 STATISTICS = ("running_mean", "running_var")
@@ -27,7 +28,7 @@ def stand_in(pl_module: pl.LightningModule, trainer: pl.Trainer) -> pl.Lightning
     """A copy that shares the values of the parameters, and no other state.
 
     Running it leaves the original's modes, buffers, metrics and attributes alone. Tensors and data
-    sets that are plain attributes are shared. Raises ValueError where the model cannot be copied.
+    sets that are plain attributes are shared. Raises Refused where the model cannot be copied.
     """
     outside = [trainer, trainer.strategy, trainer.datamodule]  # type: ignore[attr-defined]
     outside += trainer.callbacks  # type: ignore[attr-defined]
@@ -49,7 +50,7 @@ def stand_in(pl_module: pl.LightningModule, trainer: pl.Trainer) -> pl.Lightning
     try:
         twin = copy.deepcopy(pl_module, memo)
     except (TypeError, RuntimeError) as error:
-        raise ValueError(
+        raise Refused(
             f"averaging needs a copy of {type(pl_module).__name__}, and that failed: {error}; type "
             "averaging.bn_batches=null averaging.validate=averaged to do without"
         ) from error

@@ -2,6 +2,8 @@
 
 import torch
 
+from app.errors import Refused
+
 from .memory import InMemoryData, Splits
 
 
@@ -39,15 +41,13 @@ class Digits(InMemoryData):
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise ImportError(
-                "data=digits needs scikit-learn: pip install 'app[digits]'"
-            ) from error
+            raise Refused("data=digits needs scikit-learn: pip install 'app[digits]'") from error
         images, digits = load_digits(return_X_y=True)
         features = torch.from_numpy(images).float() / 16
         labels = torch.from_numpy(digits).long()
         num_eval = self.num_val + self.num_test
         if num_eval >= len(labels):
-            raise ValueError(
+            raise Refused(
                 f"data.num_val + data.num_test must be < {len(labels)}, all images there are, "
                 f"got {num_eval}; type data.num_val=300 data.num_test=400"
             )

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from app.errors import Refused
 from app.launch.ranks import ranks
 from app.shares import (
     WHOLE,
@@ -134,7 +135,7 @@ class InMemoryLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue behind `state`. ValueError where this loader has no such position."""
         if not 0 <= state["batches"] <= len(self):
-            raise ValueError(
+            raise Refused(
                 f"the checkpoint stands {state['batches']} batches into an epoch, but an epoch has "
                 f"{len(self)} batches of {self.batch_size}; resume with the data.batch_size it was "
                 "written with"
@@ -187,7 +188,7 @@ class InMemoryData(LightningDataModule):
             ("num_classes", self.num_classes, int(labels.max()) + 1),
         ):
             if said != found:
-                raise ValueError(
+                raise Refused(
                     f"data.{key} must be {found}, as in the data of {type(self).__name__}, "
                     f"got {said}; type data.{key}={found}"
                 )

@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.cli import REFUSALS, explain, is_of_the_user
+from app.cli import explain, is_told_in_a_line
 from app.errors import RankFailed
 
 LOST_PEER = ("by peer", "broken pipe", "connection refused", "connection was closed", "nccl",
@@ -32,14 +32,13 @@ class Failure:
 def failure_of(error: BaseException, rank: int) -> Failure:
     """What is told of an exception."""
     text = f"{type(error).__name__}: {error}"
-    is_refusal = isinstance(error, REFUSALS) and not is_of_the_user(error)
     return Failure(
         rank=rank,
         at=time.time(),
         error=text,
         trace="".join(traceback.format_exception(error)),
         exit_code=int(error.code or 0) if isinstance(error, SystemExit) else None,
-        refusal=explain(error) if is_refusal else None,
+        refusal=explain(error) if is_told_in_a_line(error) else None,
         is_of_a_lost_peer=isinstance(error, RuntimeError)
         and any(words in text.lower() for words in LOST_PEER),
     )

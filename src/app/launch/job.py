@@ -18,7 +18,7 @@ from hydra.core.utils import run_job, setup_globals
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from app.cli import REFUSALS, VERSION_BASE, explain, is_of_the_user
+from app.cli import VERSION_BASE, explain, is_told_in_a_line
 from app.errors import RankFailed
 from app.folder import ENDED, RunFolder
 from app.launch.asked import HEEDED
@@ -172,7 +172,7 @@ def _outcome(task: Callable[[DictConfig], Any], cfg: DictConfig, folder: Path) -
             return Outcome(state="interrupted")
         return Outcome(state="failed", error=f"SystemExit: {stop.code}")
     except BaseException as error:
-        is_refusal = isinstance(error, REFUSALS) and not is_of_the_user(error)
+        is_refusal = is_told_in_a_line(error)
         text = f"{type(error).__name__}: {error}"
         if is_refusal:
             text = explain(error)

@@ -1,7 +1,8 @@
-"""Processes of this machine, one a rank, started by torch's elastic agent."""
+"""Processes of this machine, one a rank, that nobody beyond it can speak to."""
 
 import logging
 import logging.config
+import math
 import multiprocessing
 import os
 import pickle
@@ -10,23 +11,31 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import connection
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from app.errors import RankFailed, Refused
 from app.launch.failures import HEAD_START_S, Failure, failure_of, first_of
+from app.launch.ranks import LOOPBACK, keep_to_loopback, store_at
+from app.process.files import write_atomically
 
 PRELOADED = ["app.launch.preloaded"]
 
-OF_THE_AGENT = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_",
-                "TORCH_NCCL_ASYNC")  # fmt: skip
-"""How the variables begin that the agent sets for a rank."""
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1,
+             signal.SIGUSR2)  # fmt: skip
 
 GRACE_S = 10.0
 """How long a rank may take to end after SIGTERM."""
+
+KILL_AFTER_S = GRACE_S + 2.0
+"""How long ranks may take to stop before they are killed."""
+
+POLL_S = 0.1
 
 
 def run_local(
@@ -51,58 +60,90 @@ def run_local(
         Refused: where a rank refused what was typed.
         SystemExit: where the ranks or this process were interrupted: 128 and the signal.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     if start_method == "forkserver":
         multiprocessing.set_forkserver_preload(PRELOADED)
-    for name in logging.root.manager.loggerDict:
-        if name.startswith("torch.distributed.elastic") or name == "torch.multiprocessing.spawn":
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # we say what happened
-    with tempfile.TemporaryDirectory(prefix="app-ranks-") as folder:
-        launch = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=num_processes,
-            run_id=Path(folder).name,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-            start_method=start_method,
-            shutdown_timeout=int(GRACE_S),
-            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-        )
-        handlers = {number: signal.getsignal(number) for number in _handled(launch)}
-        content = _Arguments(arguments)
+    context: Any = multiprocessing.get_context(start_method)
+    store = store_at(LOOPBACK, size=num_processes)
+    processes: list[Any] = []
+    with tempfile.TemporaryDirectory(prefix="app-ranks-") as name:
+        folder = Path(name)
         try:
-            values = elastic_launch(launch, _work)(
-                function, content, folder, dict(os.environ), logging_config
-            )
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            raise _explained(Path(folder), rank, failure.exitcode, failure.pid) from None
-        except SignalException as stop:
-            raise SystemExit(128 + stop.sigval) from None
+            for rank in range(num_processes):
+                environment = _environment(rank, num_processes, store.port)
+                work = (function, arguments, folder, environment, logging_config)
+                process = context.Process(target=_work, args=work)
+                process.start()
+                processes.append(process)
+            failed, asked = _ended(processes)
         finally:
-            if threading.current_thread() is threading.main_thread():
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
-    return values[0]
+            for process in processes:
+                process.kill()
+                process.join()
+        if failed is not None:
+            raise _explained(folder, processes.index(failed), failed.exitcode, failed.pid)
+        if asked is not None:
+            raise SystemExit(128 + asked)
+        return pickle.loads((folder / "value").read_bytes())
 
 
-class _Arguments:
-    """The arguments as one object: the agent looks for macros in each that is a string."""
+def _environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """Variables of this process, and those by which torch and Lightning know a rank."""
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 offers no store either
+    }
+    keep_to_loopback(environment)
+    return environment
 
-    def __init__(self, values: tuple[Any, ...]) -> None:
-        self.values = values
+
+def _ended(processes: Sequence[Any]) -> tuple[Any, int | None]:
+    """Wait until all have ended; which one failed, so that the others were asked to end, and by
+    which signal they were asked."""
+    running = list(processes)
+    told: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None = None) -> None:
+        told.append(number)
+        for process in running:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+    failed, kill_at = None, math.inf
+    with _handling(pass_on):
+        while running:
+            connection.wait([process.sentinel for process in running], timeout=POLL_S)
+            running[:] = [process for process in running if process.exitcode is None]
+            if failed is None and not told:
+                failed = next((process for process in processes if process.exitcode), None)
+                if failed is not None:
+                    pass_on(signal.SIGTERM)
+            if told:
+                kill_at = min(kill_at, time.monotonic() + KILL_AFTER_S)
+            if time.monotonic() > kill_at:
+                pass_on(signal.SIGKILL)
+    return failed, told[0] if told else None
 
 
-def _handled(launch: Any) -> list[signal.Signals]:
-    """The signals for which the agent sets handlers of its own."""
-    return [signal.Signals[name] for name in launch.signals_to_handle.split(",")]
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Take the signals that are passed on, but for those that nohup or a shell has switched off.
+
+    Only the main thread can: in another one the signals are somebody else's.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    heard = [n for n in PASSED_ON if is_main and signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def _explained(folder: Path, rank: int, exit_code: int, pid: int) -> BaseException:
@@ -132,32 +173,27 @@ def _explained(folder: Path, rank: int, exit_code: int, pid: int) -> BaseExcepti
 
 def _work(
     function: Callable[..., Any],
-    arguments: _Arguments,
-    folder: str,
+    arguments: Sequence[Any],
+    folder: Path,
     environment: Mapping[str, str],
     logging_config: Mapping[str, Any] | None,
-) -> Any:
+) -> None:
     """What each process does; only rank 0's value is sent back."""
     end_in_time(grace_s=GRACE_S)
-    of_the_agent = {key: os.environ[key] for key in os.environ if key.startswith(OF_THE_AGENT)}
     os.environ.clear()  # of the server that this was forked from: it may have an older one
-    os.environ |= {**environment, **of_the_agent}
-    # one machine: no name of it needs to be found in a network
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ |= environment
     rank = int(os.environ["RANK"])
     _set_up_logging(rank, logging_config)
     try:
-        value = function(*arguments.values)
+        value = function(*arguments)
+        if rank == 0:
+            write_atomically(folder / "value", pickle.dumps(value))
     except BaseException as error:
         failure = failure_of(error, rank)
-        path = Path(folder) / f"{rank}.failure"
-        partial = path.with_suffix(".part")
-        partial.write_bytes(pickle.dumps(failure))
-        partial.replace(path)
+        write_atomically(folder / f"{rank}.failure", pickle.dumps(failure))
         if failure.is_of_a_lost_peer:
             time.sleep(HEAD_START_S)
         leave(failure.exit_code or 1)
-    return value if rank == 0 else None
 
 
 def end_in_time(*, grace_s: float) -> None:

@@ -7,11 +7,13 @@ is, and which no thread or device waits in.
 import io
 import os
 import socket
+import subprocess
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,8 +24,7 @@ from app.process.files import write_atomically
 
 T = TypeVar("T")
 
-_SERVERS: list[Any] = []
-"""Of rank 0: what the others reach, and torch's stores at the same port share."""
+LOOPBACK = "127.0.0.1"
 
 PATIENCE = timedelta(days=7)
 """How long a rank waits for the first one, which may search or read data; a launcher ends it where
@@ -172,42 +173,57 @@ def ranks() -> Ranks:
     """The processes this one belongs to: meets the others at the first call, uninterrupted."""
     if not started_elsewhere():
         return Ranks(rank=0, size=1, store=None)
-    with importing():
+    with importing(), _slurm_tasks_named():
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
-        place = _name_slurm_tasks()
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            keep_to_loopback(os.environ)
         store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
-        if place is not None and rank == 0:
-            place.unlink()  # all have come
     return Ranks(rank=rank, size=size, store=PrefixStore("app", store))
 
 
-def _name_slurm_tasks() -> Path | None:
-    """Let torch's rendezvous, and Lightning, find tasks that srun started.
-
-    Rank 0 listens at a free port, and tells it in a file where the job was started: a port made
-    from the job's number may be taken. Returns that file; None where something else started the
-    ranks.
-    """
-    if "RANK" in os.environ:
-        return None
+def store_at(address: str, *, size: int) -> Any:
+    """A store for so many ranks that listens at a free port of this address only: one that torch
+    binds listens on all interfaces. Those that torch makes in this process share it."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, 0), family=family)
+    port = listener.getsockname()[1]
+    return TCPStore(
+        address, port, size, True, PATIENCE, wait_for_workers=False, multi_tenant=True,
+        master_listen_fd=listener.detach(),
+    )  # fmt: skip
+
+
+def keep_to_loopback(environment: MutableMapping[str, str]) -> None:
+    """Let what the ranks of one machine open be for that machine, whatever its name stands for."""
+    for library in ("GLOO", "NCCL"):
+        environment.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+
+
+@contextmanager
+def _slurm_tasks_named() -> Iterator[None]:
+    """Let torch's rendezvous, and Lightning, find tasks that srun started; all meet in the block.
+
+    Rank 0 listens at a free port, and tells it in a file where the job was started: a port made
+    from the job's number may be taken.
+    """
+    if "RANK" in os.environ:
+        yield
+        return
     rank, size = os.environ["SLURM_PROCID"], os.environ["SLURM_STEP_NUM_TASKS"]
     step = [os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")]
     place = Path(os.environ.get("SUBMITIT_FOLDER", ".")) / f".meeting-{'-'.join(step)}"
     if rank == "0":
-        address = os.environ.get("MASTER_ADDR") or _address()
-        _SERVERS.append(
-            TCPStore(address, 0, int(size), True, PATIENCE, wait_for_workers=False,
-                     multi_tenant=True)
-        )  # fmt: skip
-        write_atomically(place, f"{address} {_SERVERS[0].port}")
+        address = _address()
+        store = store_at(address, size=int(size))
+        write_atomically(place, f"{address} {store.port}")
     while not place.exists():
         os.scandir(place.parent).close()  # a shared file system looks again
         time.sleep(0.1)
-    address, port_text = place.read_text().split()
+    address, port = place.read_text().split()
     os.environ |= {
         "RANK": rank,
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
@@ -215,19 +231,44 @@ def _name_slurm_tasks() -> Path | None:
         "WORLD_SIZE": size,
         "LOCAL_WORLD_SIZE": str(int(size) // int(os.environ["SLURM_STEP_NUM_NODES"])),
         "MASTER_ADDR": address,
-        "MASTER_PORT": port_text,
+        "MASTER_PORT": port,
     }
-    return place
+    yield
+    if rank == "0":
+        place.unlink()
 
 
 def _address() -> str:
-    """Of this machine, as the others find it: its name in SLURM, where that is one of the network's
-    too, or else its own."""
-    for name in filter(None, (os.environ.get("SLURMD_NODENAME"), socket.gethostname())):
-        with suppress(OSError):
-            socket.gethostbyname(name)
-            return name
-    return "localhost"
+    """Of this machine, where the others of its step reach it; MASTER_ADDR, where that is set.
+
+    Its own name may stand for a loopback address: it is asked for last.
+    """
+    if os.environ["SLURM_STEP_NUM_NODES"] == "1":
+        return LOOPBACK
+    mine = os.environ.get("SLURMD_NODENAME", "")
+    names = (os.environ.get("MASTER_ADDR", ""), *_others(mine), mine, socket.gethostname())
+    found = (address for name in names if name for address in _towards(name))
+    return next((address for address in found if not ip_address(address).is_loopback), LOOPBACK)
+
+
+def _others(mine: str) -> list[str]:
+    """The names of the step's other machines; none where SLURM does not answer."""
+    command = ["scontrol", "show", "hostnames", os.environ.get("SLURM_STEP_NODELIST", "")]
+    with suppress(OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return [name for name in done.stdout.split() if name != mine]
+    return []
+
+
+def _towards(name: str) -> Iterator[str]:
+    """The addresses from which this machine would speak to one of this name; sends nothing."""
+    with suppress(OSError):
+        for family, kind, _, _, target in sorted(
+            socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)
+        ):
+            with suppress(OSError), socket.socket(family, kind) as probe:
+                probe.connect(target)
+                yield probe.getsockname()[0]
 
 
 def _dumped(content: Mapping[str, Any]) -> bytes:

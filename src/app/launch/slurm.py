@@ -16,16 +16,16 @@ from hydra.core.utils import JobReturn
 from hydra.types import TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from app.check import check
+from app.config import check
 from app.errors import JobsFailed, Refused
 from app.folder import ENDED, RunFolder
 from app.launch import SINGLE
 from app.launch.batch import LOST, Batch
 from app.launch.job import LOG
-from app.launch.slurm_states import SLURM_JOB, refresh, state_of, states
+from app.launch.slurm_states import SLURM_JOB, refresh, result_in, state_of, states
 from app.launch.start import of_hydra
 from app.launch.submitted import Submitted
-from app.sweep.journal import Job
+from app.sweep.journal import UNREADABLE, Job
 from app.sweep.progress import Progress, counts, first_line
 from app.tuner.keys import startable, with_overrides
 
@@ -72,7 +72,10 @@ class Cluster:
     ) -> signal.Signals | None:
         top, settings = self._batch.folder, self._batch.settings
         runs = {job.job: self._prepared(job) for job in todo}  # before the first is submitted
-        new = [job for job in todo if job.state in LOST or not job.attempt]
+        unreadable = [job for job in todo if job.state == UNREADABLE]
+        for job in unreadable:
+            progress.say(f"{job.error}; job {job.job} of the sweep is submitted again")
+        new = [job for job in todo if job.state in LOST or job in unreadable or not job.attempt]
         ids = submit([runs[job.job] for job in new], settings=settings, folder=top.path / FILES)
         for job in new:
             job.state, job.error, job.attempt = "queued", None, job.attempt + 1
@@ -132,6 +135,7 @@ def submit_run(cfg: DictConfig, typed: Sequence[str]) -> float | None:
     if config["resume"] == "never":
         folder.move_aside()
         run.cfg.resume = "auto"  # also when it is requeued
+    folder.forget_torn()
     folder.refuse_changes(config)
     settings: Any = OmegaConf.to_object(cfg.launch)
     result = folder.read_result() or {}
@@ -198,7 +202,7 @@ def submit(jobs: Sequence[Submitted], *, settings: Any, folder: Path) -> list[st
             }
             run = RunFolder(member.folder)
             run.path.mkdir(parents=True, exist_ok=True)
-            if (run.read_result() or {}).get(SLURM_JOB) != one.job_id:  # or it has begun
+            if result_in(run.path).get(SLURM_JOB) != one.job_id:  # or it has begun
                 run.write_result({**content, **_earlier(run)})
     return [ids[id(job)] for job in jobs]
 
@@ -274,6 +278,7 @@ class Waiting:
         self._on_interrupt = on_interrupt
         self._left = dict(jobs)
         self._running: set[Path] = set()
+        self._numbers: dict[Path, str] = {}
 
     def run(self) -> signal.Signals | None:
         """Wait to their ends; SIGINT where it was interrupted."""
@@ -297,8 +302,10 @@ class Waiting:
         return None
 
     def _look(self, folder: Path, job: Job, said: Mapping[str, str]) -> None:
-        result = RunFolder(folder).read_result() or {}
-        job.state, job.error = state_of(result, said.get(result.get(SLURM_JOB, "")))
+        result = self._result(folder)
+        job.state, job.error = state_of(result, said.get(self._numbers.get(folder, "")))
+        if job.state == UNREADABLE:
+            job.state = "failed"  # SLURM runs it no more, and nobody knows what it came to
         if job.state == "running" and folder not in self._running:
             self._running.add(folder)
             self._progress.started(job)
@@ -311,9 +318,17 @@ class Waiting:
         self._running.discard(folder)
         self._progress.ended(job, waiting=len(self._left) - len(self._running))
 
+    def _result(self, folder: Path) -> dict[str, Any]:
+        """What a run came to so far; remembers the number of its job."""
+        result = result_in(folder)
+        if SLURM_JOB in result:
+            self._numbers[folder] = result[SLURM_JOB]
+        return result
+
     def _ids(self) -> list[str]:
-        results = (RunFolder(folder).read_result() or {} for folder in self._left)
-        return [result[SLURM_JOB] for result in results if SLURM_JOB in result]
+        for folder in self._left:
+            self._result(folder)
+        return [self._numbers[folder] for folder in self._left if folder in self._numbers]
 
     def _interrupted(self) -> None:
         ids = self._ids()
@@ -333,7 +348,7 @@ class Waiting:
 
 def _objective(run: Submitted) -> float | None:
     """What the run came to, in the metric that a sweeper looks at."""
-    metrics: dict[str, float] = (RunFolder(run.folder).read_result() or {}).get("metrics", {})
+    metrics: dict[str, float] = result_in(run.folder).get("metrics", {})
     return None if run.cfg.objective is None else metrics.get(run.cfg.objective)
 
 
@@ -352,7 +367,7 @@ def _environment() -> dict[str, str]:
 
 def _earlier(run: RunFolder) -> dict[str, Any]:
     """What an earlier attempt had come to, which is not lost while the next one waits."""
-    before = run.read_result() or {}
+    before = result_in(run.path)
     return {key: before[key] for key in ("metrics", "checkpoints") if key in before}
 
 

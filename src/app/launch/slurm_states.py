@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from app.errors import Unreadable
 from app.folder import ENDED, RunFolder
-from app.sweep.journal import Job
+from app.sweep.journal import UNREADABLE, Job
 
 SLURM_JOB = "slurm_job"
 """The key of result.json that names the job of SLURM which trains the run."""
@@ -42,7 +43,7 @@ def state_of(result: Mapping[str, Any], said: str | None) -> tuple[str, str | No
         return "queued", None
     if said in RUNS:
         return "running", None
-    if status == "failed":
+    if status in ("failed", UNREADABLE):
         return status, error
     is_new = time.time() - result.get("submitted_at", 0.0) < NEW_S
     if said == "CANCELLED" or (said == GONE and is_new and status == "queued"):
@@ -59,16 +60,22 @@ def state_of(result: Mapping[str, Any], said: str | None) -> tuple[str, str | No
 
 
 def refresh(top: Path, jobs: Iterable[Job]) -> None:
-    """Let jobs of a sweep that SLURM runs have the state that they have now."""
-    results = {}
-    for job in jobs:
-        result = RunFolder(top / (job.folder or str(job.job))).read_result() or {}
-        if SLURM_JOB in result:
-            results[id(job)] = (job, result)
-    asked = [r[SLURM_JOB] for _, r in results.values() if r.get("status") not in ENDED]
-    said = states(asked)
-    for job, result in results.values():
-        job.state, job.error = state_of(result, said.get(result[SLURM_JOB]))
+    """Let jobs of a sweep that SLURM runs, or whose results are lost, have the state of now."""
+    results = [(job, result_in(top / (job.folder or str(job.job)))) for job in jobs]
+    alive = [result for _, result in results if result.get("status") not in ENDED]
+    said = states([result[SLURM_JOB] for result in alive if SLURM_JOB in result])
+    for job, result in results:
+        is_lost = result.get("status") == UNREADABLE and job.state != "cancelled"
+        if SLURM_JOB in result or is_lost:
+            job.state, job.error = state_of(result, said.get(result.get(SLURM_JOB, "")))
+
+
+def result_in(folder: Path) -> dict[str, Any]:
+    """The content of a run's result.json, empty where there is none; why where it is unreadable."""
+    try:
+        return RunFolder(folder).read_result() or {}
+    except Unreadable as error:
+        return {"status": UNREADABLE, "error": str(error)}
 
 
 def states(jobs: Sequence[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from app.check import check
+from app.config import check
 from app.errors import RankFailed, Refused
 from app.folder import RunFolder
 from app.imports import importing

@@ -1,8 +1,11 @@
 """Files that are whole after a power cut, and what is told of those that are not. No torch."""
 
+import csv
 import errno
+import fcntl
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +15,13 @@ import yaml
 
 from app.errors import Unreadable
 
-LARGEST_BYTES = 1 << 26
-"""Of a file that is read as a whole: what we write has some thousand bytes."""
+LARGEST_BYTES = 1 << 22
+"""The most that a file may have which is read as a whole: what we write has some thousand."""
+
+MOST_LEVELS = 100
+MOST_KEYS = 10_000
+"""What a file may hold: ours hold some ten levels and some hundred keys."""
+DEEP = f"it has more than {MOST_LEVELS} levels, as none of ours has"
 
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -32,6 +40,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # none is known of a write
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -60,59 +72,210 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def opened(path: Path) -> IO[bytes] | None:
+    """A file to be read; None where there is none. Waits for nobody, as opening a pipe would.
+
+    Raises Unreadable.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise Unreadable(path, "it is a link to what is not there") from None
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        raise Unreadable(path, why(error)) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Unreadable(path, "it is no file, but a folder or a device")
+    return os.fdopen(descriptor, "rb")
+
+
+def why(error: Exception) -> str:
+    """What an error of the operating system says, in words."""
+    return (getattr(error, "strerror", None) or str(error)).lower()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of a file; False where there is none. Raises Unreadable."""
+    file = opened(path)
+    if file is None:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            raise Unreadable(path, why(error)) from None
+    return False
+
+
+def read_bytes(path: Path) -> bytes | None:
+    """The content of a file; None where there is none. Raises Unreadable."""
+    file = opened(path)
+    if file is None:
+        return None
+    with file:
+        try:
+            content = file.read(LARGEST_BYTES + 1)
+        except OSError as error:
+            raise Unreadable(path, why(error)) from None
+    if len(content) > LARGEST_BYTES:
+        raise Unreadable(path, f"it has more than {LARGEST_BYTES} bytes, as none of ours has")
+    return content
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The mapping in a JSON file; None where there is no file. Raises Unreadable."""
-    return _mapping(path, _parsed(path, json.loads))
+    return _mapping(path, parsed_json)
 
 
 def read_yaml(path: Path) -> dict[str, Any] | None:
     """The mapping in a YAML file; None where there is no file. Raises Unreadable."""
-    return _mapping(path, _parsed(path, _plain_yaml))
+    return _mapping(path, _parsed_yaml)
 
 
 def read_yaml_list(path: Path) -> list[str] | None:
     """The texts listed in a YAML file; None where there is no file. Raises Unreadable."""
-    content = _parsed(path, _plain_yaml)
-    if content is not None and not isinstance(content, list):
-        raise Unreadable(path, f"it holds {_kind(content)} where a list belongs")
+    content = _parsed(path, _parsed_yaml, list, "a list")
     return None if content is None else [str(item) for item in content]
 
 
-def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
+def read_steps(path: Path) -> Iterator[tuple[int, dict[str, str] | None]]:
+    """Number and cells of each line of a CSV file of numbers with a column `step`, if it is there.
+
+    Cells without a value are left out. In place of the cells of a line that is torn stands None.
+
+    Raises Unreadable where it is no such file.
+    """
+    file = opened(path)
+    if file is None:
+        return
+    with file:
+        lines = csv.reader(_texts(path, file))
+        heads: list[str] | None = None
+        while True:
+            try:
+                cells = next(lines)
+            except StopIteration:
+                break
+            except csv.Error:
+                cells = []
+            if heads is not None:
+                yield lines.line_num, _numbers(heads, cells)
+            elif "step" in cells:
+                heads = cells
+            else:
+                raise Unreadable(path, "its first line names no column step")
+    if heads is None:
+        raise Unreadable(path, "it holds nothing")
+
+
+def skipped(numbers: list[int]) -> str:
+    """Which lines of a file are left out, in words."""
+    lines = "1 line is" if len(numbers) == 1 else f"{len(numbers)} lines are"
+    listed = ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
+    return f"{lines} torn, or none of ours, and skipped: {listed or 'none'}"
+
+
+def _texts(path: Path, file: IO[bytes]) -> Iterator[str]:
+    """The lines of a text, with what stands for what is none of it."""
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > LARGEST_BYTES:
-                raise Unreadable(path, f"it is {size / 1e6:.0f} MB long, which none of ours is")
-            content = file.read(LARGEST_BYTES)
-    except FileNotFoundError:
-        return None
+        while line := file.readline(LARGEST_BYTES):
+            if len(line) == LARGEST_BYTES:
+                raise Unreadable(path, f"a line has more than {LARGEST_BYTES} bytes")
+            yield line.decode("utf-8-sig", "replace").replace("\0", "\ufffd")
     except OSError as error:
-        raise Unreadable(path, (error.strerror or str(error)).lower()) from None
+        raise Unreadable(path, why(error)) from None
+
+
+def _numbers(heads: list[str], cells: list[str]) -> dict[str, str] | None:
+    found = {head: cell for head, cell in zip(heads, cells, strict=False) if cell}
+    step = found.get("step", "")
+    is_whole = len(cells) == len(heads) and step.isdecimal() and len(step) < 19
+    return found if is_whole and all(map(_is_number, found.values())) else None
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """The content of a JSON text. Raises ValueError where it is none, or none that we write."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError(DEEP) from None
+    _refuse_foreign(content)
+    return content
+
+
+def _parsed_yaml(text: str) -> Any:
+    if "&" in text or sum(map(text.count, "[{?-")) > MOST_LEVELS:
+        _refuse_shared_or_deep(text)
+    content = yaml.load(text, Loader=Loader)
+    _refuse_foreign(content)
+    return content
+
+
+def _refuse_shared_or_deep(text: str) -> None:
+    """Raise ValueError before it is loaded: of aliases a few lines can stand for more than a memory
+    holds, and of many levels libyaml ends the process."""
+    depth = 0
+    for event in yaml.parse(text, Loader=Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_LEVELS:
+            raise ValueError(DEEP)
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it refers to parts of itself, as none of ours does")
+
+
+def _refuse_foreign(content: Any) -> None:
+    """Raise ValueError where parsed content holds other kinds than ours, or far more of them."""
+    level, num_keys = [content], 0
+    for _ in range(MOST_LEVELS):
+        mappings = [one for one in level if isinstance(one, dict)]
+        lists = [one for one in level if isinstance(one, list)]
+        values = [one for one in level if not isinstance(one, dict | list | None)]
+        keys = [key for one in mappings for key in one]
+        for scalar in (*keys, *values):
+            if not isinstance(scalar, str | int | float):
+                raise ValueError(f"it holds a {type(scalar).__name__}, as none of ours does")
+            if isinstance(scalar, int) and scalar.bit_length() > 64:
+                raise ValueError("it holds a number of more than 64 bits, as none of ours does")
+        num_keys += len(keys)
+        if num_keys > MOST_KEYS:
+            raise ValueError(f"it has more than {MOST_KEYS} keys, as none of ours has")
+        level = [one for inside in (*(m.values() for m in mappings), *lists) for one in inside]
+        if not level:
+            return
+    raise ValueError(DEEP)
+
+
+def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any] | None:
+    content = _parsed(path, parse, dict, "a mapping")
+    return None if content is None else {str(key): value for key, value in content.items()}
+
+
+def _parsed(path: Path, parse: Callable[[str], Any], kind: type, words: str) -> Any:
+    content = read_bytes(path)
+    if content is None:
+        return None
     if not content.strip(b"\0 \r\n\t"):
         raise Unreadable(path, "it holds nothing" if not content.strip(b"\0") else "it is blank")
     try:
-        return parse(content.decode())
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        found = parse(content.decode("utf-8-sig"))
+    except (ValueError, yaml.YAMLError) as error:
         raise Unreadable(path, error) from None
-
-
-def _plain_yaml(text: str) -> Any:
-    """Parsed without aliases, of which a few lines can stand for more than a memory holds."""
-    if "&" in text:
-        events = yaml.parse(text, Loader=Loader)
-        if any(isinstance(event, yaml.AliasEvent) for event in events):
-            raise ValueError("it refers to parts of itself, as none of ours does")
-    return yaml.load(text, Loader=Loader)
-
-
-def _mapping(path: Path, content: Any) -> dict[str, Any] | None:
-    if content is None and not path.exists():
-        return None
-    if not isinstance(content, dict):
-        raise Unreadable(path, f"it holds {_kind(content)} where a mapping belongs")
-    return {str(key): value for key, value in content.items()}
-
-
-def _kind(content: Any) -> str:
-    return "nothing" if content is None else f"a {type(content).__name__}"
+    except Exception as error:  # of PyYAML, whose `!!int ""` is an IndexError, and others others
+        raise Unreadable(path, f"a value is not what its tag says: {error!r}") from None
+    if not isinstance(found, kind):
+        held = "nothing" if found is None else f"a {type(found).__name__}"
+        raise Unreadable(path, f"it holds {held} where {words} belongs")
+    return found

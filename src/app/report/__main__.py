@@ -2,19 +2,22 @@
 
 import argparse
 import difflib
+import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from app.errors import Refused
-from app.process.files import write_atomically
+from app.process.files import why, write_atomically
 from app.report.curves import COLORS, Panel, draw, panels
-from app.report.page import Picture, page
-from app.report.reading import read_runs
+from app.report.page import Picture, finder_plots, page
+from app.report.reading import Run, read_runs
 from app.report.summary import Report, summarize
 from app.report.tables import csv_text, markdown, terminal
+from app.sweep.progress import plain
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,32 +30,40 @@ def main(arguments: Sequence[str]) -> int:
         report = summarize(
             top, found, metric=typed.metric, mode=typed.mode, baseline=typed.baseline
         )
+        told: list[str] = []
+        drawn, plots = panels(report, told), finder_plots(report.runs, told)
+        report = replace(report, notes=[*report.notes, *told])
         try:
             out.mkdir(parents=True, exist_ok=True)
-            written = write(report, out)
+            written = write(report, drawn, plots, out)
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise Refused(f"{out} cannot be written: {reason}; type --out FOLDER") from None
+            raise Refused(f"{out} cannot be written: {why(error)}; type --out FOLDER") from None
     except Refused as refusal:
         print(f"report: {refusal}", file=sys.stderr)
         return 2
-    print(terminal(report), "", *written, sep="\n")
+    print(terminal(report), "", *(plain(str(path)) for path in written), sep="\n")
     return 0
 
 
-def write(report: Report, out: Path) -> list[Path]:
+def write(
+    report: Report, drawn: Sequence[Panel], plots: Mapping[bytes, Sequence[Run]], out: Path
+) -> list[Path]:
     """Write report.html, report.md, report.csv and the curves into a folder."""
-    drawn = panels(report)
     pictures = {panel.file_name: draw(panel, theme="light", has_legend=True) for panel in drawn}
     contents: dict[str, str | bytes] = {
-        "report.html": page(report, [_picture(panel) for panel in drawn]),
+        "report.html": page(report, [_picture(panel) for panel in drawn], plots),
         "report.md": markdown(report, curves=list(pictures)),
         "report.csv": csv_text(report),
         **pictures,
     }
     for name, content in contents.items():
-        write_atomically(out / name, content)
+        write_atomically(out / name, content if isinstance(content, bytes) else _whole(content))
     return [out / name for name in contents]
+
+
+def _whole(text: str) -> str:
+    """A text without halves of characters, which the names of folders may have."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def _picture(panel: Panel) -> Picture:
@@ -133,4 +144,5 @@ def parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` has read enough
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # where it is not UTF-8
     sys.exit(main(sys.argv[1:]))

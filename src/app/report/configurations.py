@@ -1,6 +1,5 @@
 """Which runs are one configuration, and what tells configurations apart."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +44,9 @@ class Configuration:
             *parents, name = key.split(".")
             node = tree
             for parent in parents:
-                node = node.setdefault(parent, {})
+                if not isinstance(node.get(parent), dict):  # or a key of the run's has a dot in it
+                    node[parent] = {}
+                node = node[parent]
             node[name] = value
         return tree
 
@@ -68,7 +69,7 @@ def configurations(runs: Sequence[Run]) -> list[Configuration]:
         flat = what_decides({**run.config, "run_dir": "${run_dir}"})
         flat |= {key: FOUND for key in run.tuned if key in flat}
         flat = {key: value for key, value in flat.items() if not _is_fact(key)}
-        same = json.dumps(flat, sort_keys=True, default=str)
+        same = repr(sorted(flat.items()))
         one = found.setdefault(same, Configuration(flat, [], {}))
         one.runs.append(run)
         one.presets |= _typed_presets(run)
@@ -81,7 +82,7 @@ def _is_fact(key: str) -> bool:
 
 def _typed_presets(run: Run) -> dict[str, str]:
     assert run.config is not None
-    pairs = [item.partition("=")[::2] for item in run.typed]
+    pairs = [item.partition("=")[::2] for item in run.typed or ()]
     return {
         key: value
         for key, value in pairs
@@ -99,7 +100,7 @@ def columns(configs: Sequence[Configuration]) -> list[str]:
     """
     tops = dict.fromkeys(name for config in configs for name in config.tree)
     differing = [column for top in tops for column in _differing(top, configs)]
-    words = {word for config in configs for run in config.runs for word in run.typed}
+    words = {word for config in configs for run in config.runs for word in run.typed or ()}
     typed = {word.lstrip("+~").partition("=")[0] for word in words}
     values = {column: [config.node(column) for config in configs] for column in differing}
     found: list[str] = []
@@ -132,7 +133,7 @@ def _kind(node: Any) -> str:
     """Equal where two values differ at most in the keys of one class."""
     if isinstance(node, Mapping):
         return f"class {node.get('_target_')}"
-    return json.dumps(node, default=str)
+    return repr(node)
 
 
 class Labels:

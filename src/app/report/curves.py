@@ -1,6 +1,5 @@
 """Learning curves: a line per configuration, the mean over its seeds, in a band of all of them."""
 
-import csv
 import io
 import math
 import re
@@ -9,15 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app.process.files import read_steps, skipped
 from app.report.metric import is_a_loss, stem
+from app.report.reading import tried
+from app.report.statistics import LARGEST
 from app.report.summary import Report, Row
-from app.report.tables import plain
+from app.report.tables import shown
+from app.sweep.progress import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MOST_LINES = 8
+MOST_CHARACTERS = 80
 LEAST_RATIO = 4.0
 """Of the highest to the lowest loss, from which on the axis is logarithmic."""
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
@@ -63,59 +67,66 @@ class Panel:
 
     @property
     def file_name(self) -> str:
-        """Of the picture; the metric's name may hold anything."""
-        return f"report-{re.sub(r'[^A-Za-z0-9_.-]', '-', self.name)}.png"
+        """Of the picture; the metric's name may hold anything, and much of it."""
+        return f"report-{re.sub(r'[^A-Za-z0-9_.-]', '-', self.name[:MOST_CHARACTERS])}.png"
 
 
-def panels(report: Report) -> list[Panel]:
+def panels(report: Report, told: list[str]) -> list[Panel]:
     """The training loss, and the metric where it is measured while training: on validation data.
 
     Of many rows the best are drawn, and the baseline.
+
+    Args:
+        told: gets a line for each file that cannot be read.
     """
     names = ["train_loss"]
     if report.metric is not None:
         names.append(f"val_{stem(report.metric.name)}")
-    shown = [row for row in report.rows if row.is_baseline]
-    shown += [row for row in report.rows if not row.is_baseline][: MOST_LINES - len(shown)]
-    shown.sort(key=lambda row: row.number)
-    curves = {row.number: _curves(row, names) for row in shown}
+    drawn = [row for row in report.rows if row.is_baseline]
+    drawn += [row for row in report.rows if not row.is_baseline][: MOST_LINES - len(drawn)]
+    drawn.sort(key=lambda row: row.number)
+    curves = {row.number: _curves(row, names, told) for row in drawn}
     found = []
     for name in names:
         lines = [
             line
-            for row in shown
+            for row in drawn
             if (line := averaged(report.label(row), curves[row.number][name])) is not None
         ]
         if lines:
-            found.append(Panel(name=name, lines=lines, left_out=len(report.rows) - len(shown)))
+            found.append(Panel(name=name, lines=lines, left_out=len(report.rows) - len(drawn)))
     return found
 
 
-def _curves(row: Row, names: Sequence[str]) -> dict[str, list[dict[float, float]]]:
+def _curves(row: Row, names: Sequence[str], told: list[str]) -> dict[str, list[dict[float, float]]]:
     finished = [run for run in row.config.runs if run.state == "finished"]
     by_seed = {run.folder if run.seed is None else run.seed: run for run in finished}
-    read = [read_curves(run.folder / "metrics.csv", names) for run in by_seed.values()]
+    read = [read_curves(run.folder / "metrics.csv", names, told) for run in by_seed.values()]
     return {name: [one[name] for one in read if one[name]] for name in names}
 
 
-def read_curves(path: Path, names: Iterable[str]) -> dict[str, dict[float, float]]:
-    """Step and value of some columns of a `metrics.csv`; empty where there is none."""
+def read_curves(path: Path, names: Iterable[str], told: list[str]) -> dict[str, dict[float, float]]:
+    """Step and value of some columns of a `metrics.csv`; empty where there is none.
+
+    Args:
+        told: gets a line where it, or a part of it, cannot be read.
+    """
     curves: dict[str, dict[float, float]] = {name: {} for name in names}
-    if not path.exists():
-        return curves
-    with path.open(newline="") as file:
-        lines = csv.reader(file)
-        heads = next(lines, [])
-        columns = [(curve, heads.index(name)) for name, curve in curves.items() if name in heads]
-        if "step" not in heads:
-            return curves
-        step = heads.index("step")
-        for line in lines:
-            if len(line) != len(heads):
-                continue  # the last one, of a run that was killed
-            for curve, column in columns:
-                if line[column]:
-                    curve[float(line[step]) + 1] = float(line[column])  # counted from 0
+    torn: list[int] = []
+
+    def read() -> None:
+        for number, line in read_steps(path):
+            if line is None:
+                torn.append(number)
+                continue
+            for name in curves.keys() & line.keys():
+                value = float(line[name])
+                # counted from 0
+                curves[name][float(line["step"]) + 1] = value if abs(value) < LARGEST else math.nan
+
+    tried(told, read)
+    if torn:
+        told.append(plain(f"{path}: {skipped(torn)}"))
     return curves
 
 
@@ -166,7 +177,7 @@ def draw(panel: Panel, *, theme: str, has_legend: bool) -> bytes:
     _spread(axes, panel)
     _style(axes, theme)
     axes.set_xlabel("optimizer step", color=INK[theme])
-    axes.set_title(plain(panel.name), loc="left", color=INK[theme], fontsize=11, parse_math=False)
+    axes.set_title(_short(panel.name), loc="left", color=INK[theme], fontsize=11, parse_math=False)
     if has_legend:
         legend = figure.legend(
             axes.lines,
@@ -212,8 +223,7 @@ def _spread(axes: "Axes", panel: Panel) -> None:
 
 def _short(label: str) -> str:
     """In characters that matplotlib's own font has."""
-    known = plain(label).encode("latin-1", "replace").decode("latin-1")
-    return known if len(known) <= 80 else f"{known[:77]}..."
+    return shown(label, most=MOST_CHARACTERS).encode("latin-1", "replace").decode("latin-1")
 
 
 def _png(figure: "Figure") -> bytes:

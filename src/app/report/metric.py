@@ -71,7 +71,9 @@ def is_a_loss(name: str) -> bool:
 def _monitored(runs: Sequence[Run]) -> tuple[str | None, str | None]:
     """What most runs keep their best checkpoint by."""
     checkpoints = (((run.config or {}).get("callbacks") or {}).get("checkpoint") for run in runs)
-    chosen = Counter((c["monitor"], c["mode"]) for c in checkpoints if c and c.get("monitor"))
+    pairs = ((c.get("monitor"), c.get("mode")) for c in checkpoints if c)
+    # a class of the user's may mean something else by them
+    chosen = Counter(pair for pair in pairs if all(isinstance(word, str) for word in pair))
     return chosen.most_common(1)[0][0] if chosen else (None, None)
 
 

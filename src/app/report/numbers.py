@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from app.report.statistics import Estimate
 
 MOST_CHARACTERS = 9
+MOST_OF_A_TEXT = 60
 
 
 class Digits:
@@ -42,9 +43,11 @@ class Digits:
 
 
 def shortened(value: str) -> str:
-    """A value as it is typed; of a fraction with many digits, as a search chooses it, four."""
-    is_long = re.fullmatch(r"-?\d*\.\d+(e[-+]?\d+)?", value) and len(value) > MOST_CHARACTERS
-    return f"{float(value):.4g}" if is_long else value
+    """A value as it is typed; of a fraction with many digits, as a search chooses it, four, and of
+    a long text its beginning."""
+    if len(value) > MOST_CHARACTERS and re.fullmatch(r"-?\d*\.\d+(e[-+]?\d+)?", value):
+        return f"{float(value):.4g}"
+    return value if len(value) <= MOST_OF_A_TEXT else f"{value[: MOST_OF_A_TEXT - 3]}..."
 
 
 def duration(seconds: float | None) -> str:

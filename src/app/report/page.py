@@ -3,14 +3,15 @@
 import hashlib
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from app.process.files import read_bytes
 from app.report.configurations import text
 from app.report.page_table import badge, rows_table
-from app.report.reading import Run
+from app.report.reading import Run, tried
 from app.report.rerun import command
 from app.report.summary import Report
 from app.report.tables import answer, error_line, headlines
@@ -36,12 +37,17 @@ class Picture:
     caption: str
 
 
-def page(report: Report, pictures: Sequence[Picture]) -> str:
-    """The whole file. Every text that is not ours is escaped, and no other script can run."""
+def page(report: Report, pictures: Sequence[Picture], plots: Mapping[bytes, Sequence[Run]]) -> str:
+    """The whole file. Every text that is not ours is escaped, and no other script can run.
+
+    Args:
+        pictures: learning curves.
+        plots: of `finder_plots`.
+    """
     style, script = (_beside(name) for name in ("page.css", "page.js"))
     body = "\n".join(
         [_header(report), "<main>", rows_table(report), _curves(pictures), _problems(report),
-         _under_way(report), _finders(report), "</main>"]
+         _under_way(report), _finders(plots), "</main>"]
     )  # fmt: skip
     allowed = (
         "default-src 'none'; img-src data:; "
@@ -81,7 +87,9 @@ def _header(report: Report) -> str:
         for state, number in count.most_common()
     ]
     lines = "".join(f'<p class="answer">{escape(line)}</p>' for line in answer(report))
-    lines += "".join(f'<p class="soft">{escape(line)}</p>' for line in headlines(report)[1:])
+    lines += "".join(
+        f'<p class="soft">{escape(line)}</p>' for line in [*headlines(report)[1:], *report.notes]
+    )
     return (
         f"<header><h1>{escape(str(report.top))}</h1>"
         f'<ul class="chips">{"".join(chips)}</ul>{lines}</header>'
@@ -147,13 +155,22 @@ def _under_way(report: Report) -> str:
     return f'<h2>Under way</h2><article class="card problem">{"".join(lines)}</article>'
 
 
-def _finders(report: Report) -> str:
+def finder_plots(runs: Sequence[Run], told: list[str]) -> dict[bytes, list[Run]]:
+    """Pictures of what finders saw, each with the runs that have it.
+
+    Args:
+        told: gets a line for each file that cannot be read.
+    """
     plots: dict[bytes, list[Run]] = {}
-    for run in report.runs:
+    for run in runs:
         for name in FINDERS:
-            path = run.folder / f"{name}.png"
-            if path.exists():
-                plots.setdefault(path.read_bytes(), []).append(run)
+            png = tried(told, read_bytes, run.folder / f"{name}.png")
+            if png:
+                plots.setdefault(png, []).append(run)
+    return plots
+
+
+def _finders(plots: Mapping[bytes, Sequence[Run]]) -> str:
     if not plots:
         return ""
     figures = []

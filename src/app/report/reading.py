@@ -1,24 +1,25 @@
 """The runs in a folder: a run, a sweep, or a folder of either."""
 
-import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
-import yaml
-
-from app.errors import Refused
-from app.folder import ENDED, RunFolder
+from app.errors import Refused, Unreadable
+from app.folder import CONFIG, ENDED, RunFolder, refuse_other_shape
 from app.launch.slurm_states import SLURM_JOB, state_of, states
+from app.process.files import is_locked, read_yaml, read_yaml_list, why
 from app.report.states import true_state
 from app.sweep.folder import SweepFolder
 from app.sweep.journal import NAME as JOURNAL
-from app.sweep.journal import Job
+from app.sweep.journal import UNREADABLE, Job
+from app.sweep.progress import plain
 
 NOT_RUNS = ("checkpoints", "tensorboard")
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -26,10 +27,11 @@ class Run:
     """One run as it lies in its folder.
 
     Attributes:
-        state: finished, pruned, running, failed, interrupted, cancelled, queued, or missing:
-            finished or pruned according to the journal, but not there.
+        state: finished, pruned, running, failed, interrupted, cancelled, queued, missing: finished
+            or pruned according to the journal, but not there, or unreadable: its config.yaml or its
+            result.json is torn, or no run's.
         config: as it was written, `${run_dir}` unresolved; None where the run did not come so far.
-        typed: the overrides of its command.
+        typed: the overrides of its command; None where they cannot be read.
         tuned: what a finder of this run found, by key.
         result: content of `result.json`.
         config_dirs: `--config-dir` of the sweep it is of.
@@ -40,7 +42,7 @@ class Run:
     state: str
     error: str | None
     config: dict[str, Any] | None
-    typed: list[str]
+    typed: list[str] | None
     tuned: dict[str, Any]
     result: Mapping[str, Any]
     job: Job | None
@@ -72,8 +74,8 @@ def read_runs(top: Path) -> Found:
 
     Raises Refused where there is none.
     """
-    if not top.is_dir():
-        what = "is a file" if top.exists() else "does not exist"
+    if not os.path.isdir(top):
+        what = "is a file" if os.path.lexists(top) else "does not exist"
         raise Refused(
             f"DIR must be the folder of a run, of a sweep or of several, got {top}, which {what}; "
             "type python -m app.report runs/NAME or multirun/DATE/TIME"
@@ -81,6 +83,8 @@ def read_runs(top: Path) -> Found:
     reader = _Reader()
     reader.visit(top, reader.sweep_at(top.parent) if _is_run(top) else None)
     reader.ask_slurm()
+    if not reader.runs and reader.notes:
+        raise Refused(f"no run could be read: {'; '.join(sorted(reader.notes))}")
     if not reader.runs:
         raise Refused(
             f"DIR must be the folder of a run, of a sweep or of several, got {top}: neither it nor "
@@ -88,7 +92,7 @@ def read_runs(top: Path) -> Found:
             "type python -m app.report runs/NAME or multirun/DATE/TIME"
         )
     runs = sorted(reader.runs.values(), key=lambda run: natural(run.folder))
-    return Found(runs, reader.notes)
+    return Found(runs, sorted(reader.notes))
 
 
 @dataclass
@@ -111,33 +115,32 @@ class _Reader:
         self.runs: dict[Path, Run] = {}
         self.notes: list[str] = []
 
-    def visit(self, folder: Path, sweep: _Sweep | None) -> None:
+    def visit(self, top: Path, sweep: _Sweep | None) -> None:
         """Read the run that a folder is, or all that are in it."""
-        if _is_run(folder):
-            self._read(folder, sweep)
-            return
-        here = self.sweep_at(folder)
-        sweep = here or sweep
-        for path in folder.iterdir():
-            if path.name[0] == "." or path.name in NOT_RUNS or path.is_symlink():
+        left, begun = [(top, sweep)], dict[Path, _Sweep | None]()
+        while left:
+            folder, sweep = left.pop()
+            if _is_run(folder):
+                self._read(folder, sweep)
                 continue
-            if not path.is_dir():
-                continue
-            num_before = len(self.runs)
-            self.visit(path, sweep)
-            was_begun = RunFolder(path).lock_path.exists() and not (path / "tuned.yaml").exists()
-            if was_begun and len(self.runs) == num_before:
-                self._read(path, sweep)
-        for path in here.jobs if here else ():
-            if path not in self.runs:
-                self._read(path, here)
+            here = self.sweep_at(folder)
+            sweep = here or sweep
+            for path in tried(self.notes, _folders_in, folder) or ():
+                left.append((path, sweep))
+                lock = RunFolder(path).lock_path
+                if os.path.lexists(lock) and not os.path.lexists(path / "tuned.yaml"):
+                    begun[path] = sweep
+            begun |= dict.fromkeys(here.jobs if here else (), here)
+        above = {path for run in (*self.runs, *begun) for path in run.parents}
+        for path in sorted(begun.keys() - self.runs.keys() - above):
+            self._read(path, begun[path])
 
     def ask_slurm(self) -> None:
         """Let the runs that are in SLURM's hands have the states that they have there."""
         jobs = {
             path: run.result[SLURM_JOB]
             for path, run in self.runs.items()
-            if SLURM_JOB in run.result and run.state not in ENDED
+            if SLURM_JOB in run.result and run.state not in (*ENDED, UNREADABLE)
         }
         said = states(list(jobs.values()))
         for path, job in jobs.items():
@@ -147,77 +150,112 @@ class _Reader:
 
     def sweep_at(self, folder: Path) -> _Sweep | None:
         """The sweep whose folder this is; None where it is none's."""
-        if (folder / JOURNAL).exists():
-            sweep = SweepFolder(folder)
-            try:
-                noted = sweep.journal.read()
-            except (KeyError, ValueError) as error:
-                self._leave_out(folder / JOURNAL, error)
-                noted = None
+        found = SweepFolder(folder)
+        if os.path.lexists(found.journal.path):
+            noted = tried(self.notes, found.journal.required)
             if noted is not None:
+                self.notes += [noted.note] if noted.note else []
                 jobs = {folder / (job.folder or str(job.job)): job for job in noted.jobs.values()}
                 dirs, name = (noted.definition[key] for key in ("config_dirs", "config"))
-                return _Sweep(jobs, dirs, name, is_launched=sweep.holder() is not None)
-        content = self._yaml(folder / "multirun.yaml")
-        if content is None:
-            return None
-        hydra = content.get("hydra", {})
-        sources = hydra.get("runtime", {}).get("config_sources") or ()
-        dirs = [str(one["path"]) for one in sources if one["provider"] == "command-line"]
-        name = hydra.get("job", {}).get("config_name")
-        return _Sweep({}, dirs, name, is_launched=False)
+                is_launched = tried(self.notes, found.holder) is not None
+                return _Sweep(jobs, dirs, name, is_launched=is_launched)
+        return tried(self.notes, _hydras_sweep, folder / "multirun.yaml")
 
     def _read(self, path: Path, sweep: _Sweep | None) -> None:
-        folder = RunFolder(path)
-        job = sweep.jobs.get(path) if sweep else None
-        result = self._json(folder.result_path) or {}
-        is_finished = result.get("status") == "finished"
+        folder, job = RunFolder(path), sweep.jobs.get(path) if sweep else None
+        torn: list[str] = []
+        config = tried(torn, _config, folder)
+        result = tried(torn, folder.read_result) or {}
+        if torn:
+            result = {**result, "status": UNREADABLE, "error": "; ".join(torn)}
+        is_held = result.get("status") not in ("finished", UNREADABLE) and tried(
+            self.notes, is_locked, folder.lock_path
+        )
         state, error = true_state(
             result,
             job,
-            is_held=not is_finished and folder.is_held(),
+            is_held=bool(is_held),
             is_launched=sweep is not None and sweep.is_launched,
         )
-        config = self._yaml(folder.config_path)
-        typed = self._yaml(path / "overrides.yaml")
+        untold: list[str] = []
+        typed = tried(untold, read_yaml_list, path / "overrides.yaml")
+        if typed is None and (job or not untold):
+            typed = job.overrides if job else []
         searched = config is not None and config.get("tuner") is not None
-        tuned = (self._yaml(path / "tuned.yaml") or {}) if searched else {}
+        tuned = tried(self.notes, _tuned, path / "tuned.yaml") if searched else None
+        self.notes += untold
         self.runs[path] = Run(
             folder=path,
             state=state,
             error=error,
             config=config,
-            typed=[str(item) for item in typed or (job.overrides if job else ())],
-            tuned=dict(tuned.get("overrides") or {}),
+            typed=typed,
+            tuned=tuned or {},
             result=result,
             job=job,
             config_dirs=sweep.config_dirs if sweep else [],
             config_name=sweep.config_name if sweep else None,
         )
 
-    def _yaml(self, path: Path) -> Any:
-        return self._content(path, lambda content: yaml.load(content, Loader=LOADER))
 
-    def _json(self, path: Path) -> Any:
-        return self._content(path, json.loads)
+def tried(told: list[str], read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    """What is read; None where it is unreadable, and then `told` has a line more."""
+    try:
+        return read(*args, **kwargs)
+    except Unreadable as error:
+        told.append(plain(str(error)))
+        return None
 
-    def _content(self, path: Path, parse: Callable[[bytes], Any]) -> Any:
-        """The content of a file; None where there is none, or none that can be read."""
-        try:
-            return parse(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (ValueError, yaml.YAMLError) as error:
-            self._leave_out(path, error)
-            return None
 
-    def _leave_out(self, path: Path, error: Exception) -> None:
-        words = " ".join(str(error).split())
-        self.notes.append(f"{path} cannot be read and is left out: {words}")
+def _config(folder: RunFolder) -> dict[str, Any] | None:
+    """The configuration of a run as it was written."""
+    config = read_yaml(folder.config_path)
+    if config is not None:
+        refuse_other_shape(folder.config_path, config, CONFIG)
+    return config
+
+
+def _tuned(path: Path) -> dict[str, Any]:
+    """The overrides that a finder found; empty where it has not run."""
+    content = read_yaml(path)
+    overrides = {} if content is None else content.get("overrides")
+    if not isinstance(overrides, dict):
+        raise Unreadable(path, f"overrides holds {overrides!r:.60}")
+    return {str(key): value for key, value in overrides.items()}
+
+
+def _hydras_sweep(path: Path) -> _Sweep | None:
+    """The sweep of which Hydra's multirun.yaml is; None where there is no such file."""
+    content = read_yaml(path)
+    if content is None:
+        return None
+    try:
+        hydra = content["hydra"]
+        sources = hydra["runtime"]["config_sources"]
+        dirs = [str(one["path"]) for one in sources if one["provider"] == "command-line"]
+        name = hydra.get("job", {}).get("config_name")
+    except (AttributeError, KeyError, TypeError):
+        raise Unreadable(path, "its hydra holds something else than Hydra writes") from None
+    return _Sweep({}, dirs, None if name is None else str(name), is_launched=False)
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """Those that may be of runs."""
+    try:
+        with os.scandir(folder) as entries:
+            return [
+                folder / one.name
+                for one in entries
+                if one.is_dir(follow_symlinks=False)
+                and one.name[0] != "."
+                and one.name not in NOT_RUNS
+            ]
+    except OSError as error:
+        raise Unreadable(folder, why(error)) from None
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").exists() or (folder / "result.json").exists()
+    return any(os.path.lexists(folder / name) for name in ("config.yaml", "result.json"))
 
 
 def natural(path: Path) -> list[tuple[int, int, str]]:

@@ -16,7 +16,7 @@ def command(run: Run) -> str | None:
     A run goes on from its last checkpoint. `runs/NAME` is named by `name=`, any other folder by
     Hydra's `hydra.run.dir`, from which `run_dir` comes.
     """
-    if run.config is None and run.job is None:
+    if run.typed is None or (run.config is None and run.job is None):
         return None
     keys = {item.partition("=")[0].lstrip("+~"): item for item in of_one_run(run.typed)}
     typed = [item for key, item in keys.items() if key not in OF_THE_FOLDER]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from app.folder import ENDED as DONE
-from app.sweep.journal import Job
+from app.sweep.journal import UNREADABLE, Job
 
 KILLED = "ended without a word: killed"
 ENDED = ("failed", "interrupted", "cancelled")
@@ -19,12 +19,14 @@ def true_state(
     is alive; the journal knows how a process ended that could write nothing.
 
     Args:
-        result: content of `result.json`; empty where there is none.
+        result: content of `result.json`; empty where there is none; that it is unreadable, and why.
         job: what the journal of its sweep says last; None where no journal knows the run.
         is_held: whether a process holds the run's folder.
         is_launched: whether a launcher runs the sweep, which may be starting the job.
     """
     said = result.get("status")
+    if said == UNREADABLE:
+        return UNREADABLE, result["error"]
     if said in DONE:
         return said, None
     if is_held:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 LEVEL = 0.95
+LARGEST = 1e150
+"""From which on squares are not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +31,23 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """The mean of values and its interval; None of no values. NaN where one of them is."""
+    """The mean of values and its interval; None of no values."""
     if not values:
         return None
-    n = len(values)
-    mean = math.fsum(values) / n if all(map(math.isfinite, values)) else math.nan
+    n, mean = len(values), mean_of(values)
     if n == 1 or math.isnan(mean):
-        return Estimate(mean=values[0] if n == 1 else mean, low=None, high=None, n=n)
+        return Estimate(mean=mean, low=None, high=None, n=n)
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
     half = t_quantile(0.5 + LEVEL / 2, df=n - 1) * math.sqrt(variance / n)
     return Estimate(mean=mean, low=mean - half, high=mean + half, n=n)
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """The mean; NaN where one of several values is, or is not finite, or has no finite square."""
+    if len(values) == 1:
+        return values[0]
+    is_known = all(abs(value) < LARGEST for value in values)
+    return math.fsum(values) / len(values) if is_known else math.nan
 
 
 @lru_cache(maxsize=1024)

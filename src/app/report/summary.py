@@ -19,9 +19,10 @@ from app.report.configurations import (
 from app.report.metric import Metric, choose_metric
 from app.report.numbers import shortened
 from app.report.reading import Found, Run
-from app.report.statistics import Estimate, estimate
+from app.report.statistics import Estimate, estimate, mean_of
+from app.sweep.journal import UNREADABLE
 
-PROBLEMS = ("failed", "interrupted", "cancelled", "missing")
+PROBLEMS = ("failed", "interrupted", "cancelled", "missing", UNREADABLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,8 @@ class Report:
         rows: best first; those without a number last.
         common: what the rows' `config_diff` are against, in words.
         repeats: how many runs repeat a seed of their row; their mean counts once.
-        problems: runs that have ended without a result, in the order of their folders.
+        problems: runs that have ended without a result, or cannot be read, in the order of their
+            folders.
     """
 
     top: Path
@@ -134,7 +136,7 @@ def summarize(
                 values=tuple(labels.of(config, name) for name in names),
                 mean=estimate(values),
                 best=pick(finite) if finite else None,
-                seconds=math.fsum(seconds) / len(seconds) if seconds else None,
+                seconds=mean_of(seconds) if seconds else None,
                 versus=estimate(paired) if compared else None,
                 common_seeds=len(paired) if compared else None,
                 is_baseline=config is base,
@@ -171,7 +173,7 @@ def _by_seed(config: Configuration, metric: Metric | None) -> tuple[dict[object,
             seed = run.folder if run.seed is None else run.seed
             values.setdefault(seed, []).append(float(run.result["metrics"][metric.name]))
     repeats = sum(len(same) - 1 for same in values.values())
-    return {seed: math.fsum(same) / len(same) for seed, same in values.items()}, repeats
+    return {seed: mean_of(same) for seed, same in values.items()}, repeats
 
 
 def _last_if_none(mean: Estimate | None, sign: int) -> tuple[int, float]:

@@ -7,13 +7,18 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from app.report.numbers import Digits, duration
+from app.report.configurations import NOTHING
+from app.report.numbers import MOST_OF_A_TEXT, Digits, duration
 from app.report.reading import Run
 from app.report.rerun import command
 from app.report.summary import Report, Row
+from app.sweep.progress import plain
 
+NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
 SHOWN = 40
-"""Rows and problems on the terminal; the files have all of them."""
+"""Rows, problems and notes on the terminal; the files have all of them."""
+WIDEST = 600
+"""Characters of an error or a note on the terminal."""
 
 
 def cells(report: Report) -> tuple[list[str], list[list[str]]]:
@@ -60,7 +65,7 @@ def states(count: Counter[str]) -> str:
 
 
 def headlines(report: Report) -> list[str]:
-    """What the table is of, in sentences."""
+    """What the table is of, in sentences, without the notes."""
     total = Counter(run.state for run in report.runs)
     plural = "" if len(report.rows) == 1 else "s"
     lines = [
@@ -83,7 +88,7 @@ def headlines(report: Report) -> list[str]:
         lines.append("differences from a row: --baseline KEY=VALUE")
     if report.repeats:
         lines.append(f"runs that repeat a seed of their row: {report.repeats}; their mean counts")
-    return lines + report.notes
+    return lines
 
 
 def answer(report: Report) -> list[str]:
@@ -128,7 +133,10 @@ def problem_words(run: Run) -> str:
 
 def terminal(report: Report, *, limit: int = SHOWN) -> str:
     """The report in lines, without characters that a terminal would act on."""
-    lines = [*headlines(report), *answer(report), ""]
+    lines = [*headlines(report), *(shown(note, most=WIDEST) for note in report.notes[:limit])]
+    if len(report.notes) > limit:
+        lines.append(f"... and {len(report.notes) - limit} more notes, in the files")
+    lines += [*answer(report), ""]
     if report.rows:
         heads, rows = cells(report)
         lines += _aligned([heads, *rows[:limit]], is_left=len(report.columns))
@@ -137,7 +145,7 @@ def terminal(report: Report, *, limit: int = SHOWN) -> str:
     for run in report.problems[:limit]:
         lines += ["", f"{run.folder}  {problem_words(run)}"]
         if run.error:
-            lines.append(f"  {error_line(run.error)}")
+            lines.append(f"  {shown(error_line(run.error), most=WIDEST)}")
         again = command(run)
         lines += [f"  {again}"] if again else []
     if len(report.problems) > limit:
@@ -145,13 +153,13 @@ def terminal(report: Report, *, limit: int = SHOWN) -> str:
     return "\n".join(plain(line) for line in lines)
 
 
-def plain(text: str) -> str:
-    """One line of printable characters."""
-    return "".join(char if char.isprintable() else "�" for char in text)
+def shown(text: str, *, most: int) -> str:
+    """One line of printable characters, cut where there are too many."""
+    return plain(text if len(text) <= most else f"{text[: most - 3]}...")
 
 
 def _aligned(table: Sequence[Sequence[str]], *, is_left: int) -> list[str]:
-    table = [[plain(cell) for cell in line] for line in table]
+    table = [[shown(cell, most=MOST_OF_A_TEXT) for cell in line] for line in table]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  ".join(
@@ -169,7 +177,7 @@ def markdown(report: Report, *, curves: Sequence[str]) -> str:
         curves: names of the pictures beside the file.
     """
     heads, rows = cells(report)
-    said = [*headlines(report), *answer(report)]
+    said = [*headlines(report), *report.notes, *answer(report)]
     lines = ["# Report", "", *(f"* {escaped(line)}" for line in said), ""]
     if rows:
         aligned = ["---" if i < len(report.columns) else "---:" for i in range(len(heads))]
@@ -201,17 +209,25 @@ def escaped(text: str) -> str:
 
 
 def csv_text(report: Report) -> str:
-    """A line per row, numbers in full."""
+    """A line per row, numbers in full; no text that a spreadsheet would calculate."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     metric = report.metric.name if report.metric else "metric"
     heads = ["n", f"{metric}_mean", f"{metric}_low", f"{metric}_high", f"{metric}_best", "seconds"]
     differences = ["difference", "difference_low", "difference_high", "common_seeds"]
     last = ["num_runs", "num_finished", "folders"]
-    writer.writerow([*report.columns, *heads, *differences, *last])
+    writer.writerow(map(defused, [*report.columns, *heads, *differences, *last]))
     for row in report.rows:
-        writer.writerow([*row.values, *_numbers(row)])
+        writer.writerow(map(defused, [*row.values, *_numbers(row)]))
     return file.getvalue()
+
+
+def defused(cell: object) -> object:
+    """A cell as it is, with an apostrophe before a text that a spreadsheet would take for a formula
+    or a command; numbers, also those in texts, and our dash for nothing are none."""
+    if not isinstance(cell, str) or cell == NOTHING or NUMBER.fullmatch(cell):
+        return cell
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
 
 
 def _numbers(row: Row) -> list[object]:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from app.errors import Refused
 from app.sharing.packing import Packed, Plan
 from app.sharing.regions import InFile, NoSpace, allocate, map_region, readable
 
@@ -143,7 +144,7 @@ class Store:
         except (PermissionError, FileExistsError, NotADirectoryError):
             is_usable = False
         if not is_usable:
-            raise ValueError(
+            raise Refused(
                 f"sharing.cache must be a folder that you may write to, got {self.folder}; type "
                 "sharing.cache=PATH, or use sharing=none"
             )

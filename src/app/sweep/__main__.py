@@ -9,17 +9,19 @@ cancel   ends the launcher, if it runs, and drops the jobs that wait
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from app.errors import Refused
-from app.folder import RunFolder
-from app.launch.slurm_states import SLURM_JOB, refresh
+from app.launch.slurm_states import SLURM_JOB, refresh, result_in
+from app.process.files import why
 from app.study import STORAGE
 from app.sweep.folder import SweepFolder, job_event, quoted
-from app.sweep.journal import NAME, Sweep
-from app.sweep.progress import counts, table
+from app.sweep.journal import NAME, UNREADABLE, Job, Sweep
+from app.sweep.progress import counts, plain, table
 
 
 def main(arguments: list[str]) -> None:
@@ -34,19 +36,22 @@ def main(arguments: list[str]) -> None:
     typed = parser.parse_args(arguments)
     try:
         folder = SweepFolder(typed.folder)
-        ACTIONS[typed.action](folder, _sweep_in(folder))
+        sweep = _sweep_in(folder)
+        ACTIONS[typed.action](folder, sweep)
     except Refused as refusal:
         print(f"sweep: {refusal}", file=sys.stderr)
         sys.exit(2)
+    if sweep.note:  # the launcher that an action becomes says it itself
+        print(plain(sweep.note), file=sys.stderr)
 
 
 def _sweep_in(folder: SweepFolder) -> Sweep:
-    sweep = folder.journal.read()
-    if sweep is None:
+    if not os.path.lexists(folder.journal.path):
         raise Refused(
             f"DIR must be the folder of a sweep, got {folder.path}: it has no {NAME}, which "
             "launch=local and launch=slurm write; type multirun/DATE/TIME"
         )
+    sweep = folder.journal.required()
     if folder.holder() is None:
         for job in sweep.jobs.values():
             if job.state == "running":  # and was killed with its launcher
@@ -59,36 +64,39 @@ def status(folder: SweepFolder, sweep: Sweep) -> None:
     """Print what became of each job."""
     holder = folder.holder()
     by = f"run by process {holder['pid']} on {holder['host']}" if holder else "not running"
-    jobs = list(sweep.jobs.values())
-    print(f"{shlex.join(sweep.command)}\n{folder.path}: {counts(jobs)}; {by}\n\n{table(jobs)}")
+    print(plain(shlex.join(sweep.command)))
+    print(f"{_summary(folder, sweep)}; {by}\n\n{table(sweep.jobs.values())}")
 
 
 def resume(folder: SweepFolder, sweep: Sweep) -> None:
-    """Run what is not finished, as the command that was typed would."""
+    """Run what is not finished, as the command that was typed would.
+
+    Also what has finished according to the journal, but has left no result that can be read.
+    """
     if folder.holder() is not None:
         raise Refused(folder.held_message())
     if not sweep.unfinished():
-        print(f"{folder.path}: {counts(list(sweep.jobs.values()))}; nothing to resume")
+        print(f"{_summary(folder, sweep)}; nothing to resume")
         return
+    if not _is_study(folder):  # which has been told what the trial came to
+        _queue(folder, [job for job in sweep.jobs.values() if job.state == UNREADABLE])
     _run_again(folder, sweep)
 
 
 def retry(folder: SweepFolder, sweep: Sweep) -> None:
-    """Run those that failed or were cancelled."""
+    """Run those that failed or were cancelled, or left no result that can be read."""
     if folder.holder() is not None:
         raise Refused(folder.held_message())
-    if (folder.path / STORAGE).exists():
+    if _is_study(folder):
         raise Refused(
             f"{folder.path} is a study, which has learned that its trials failed; type its command "
             "with a larger sweep.num_trials for others, or that of python -m app.report for one"
         )
-    lost = [job for job in sweep.jobs.values() if job.state in ("failed", "cancelled")]
+    lost = [job for job in sweep.jobs.values() if job.state in RETRIED]
     if not lost:
-        print(f"{folder.path}: {counts(list(sweep.jobs.values()))}; nothing to retry")
+        print(f"{_summary(folder, sweep)}; nothing to retry")
         return
-    for job in lost:
-        job.state = "queued"
-    folder.journal.write(job_event(job, "state") for job in lost)
+    _queue(folder, lost)
     _run_again(folder, sweep, f"launch.jobs=[{','.join(str(job.job) for job in lost)}]")
 
 
@@ -97,21 +105,48 @@ def cancel(folder: SweepFolder, sweep: Sweep) -> None:
     folder.end_launcher()
     if not folder.hold():
         raise Refused(folder.held_message())
-    dropped = [job for job in _sweep_in(folder).jobs.values() if job.state in DROPPED]
-    results = [
-        RunFolder(folder.path / (job.folder or str(job.job))).read_result() or {} for job in dropped
-    ]
+    jobs = list(folder.journal.required().jobs.values())
+    noted = {job.job: job.state for job in jobs}
+    refresh(folder.path, jobs)
+    lost = [job for job in jobs if job.state == UNREADABLE and noted[job.job] in DROPPED]
+    for job in lost:
+        print(plain(f"{job.error}; if SLURM runs job {job.job} of the sweep, type scancel NUMBER"))
+    dropped = [job for job in jobs if job.state in DROPPED]
+    results = [result_in(folder.path / (job.folder or str(job.job))) for job in dropped]
     ids = [result[SLURM_JOB] for result in results if SLURM_JOB in result]
+    if ids and shutil.which("scancel") is None:
+        raise Refused(
+            f"{folder.path} has jobs of SLURM, and there is no scancel here; type the same where "
+            "they were submitted"
+        )
     if ids:
         subprocess.run(["scancel", *ids], check=False)
-    for job in dropped:
+    for job in (*dropped, *lost):
         job.state = "cancelled"
-    folder.journal.write(job_event(job, "state") for job in dropped)
-    print(f"{folder.path}: {counts(list(_sweep_in(folder).jobs.values()))}")
+    folder.journal.write(job_event(job, "state") for job in (*dropped, *lost))
+    print(_summary(folder, _sweep_in(folder)))
 
 
 DROPPED = ("queued", "running", "interrupted")
+RETRIED = ("failed", "cancelled", UNREADABLE)
 ACTIONS = {"status": status, "resume": resume, "retry": retry, "cancel": cancel}
+
+
+def _summary(folder: SweepFolder, sweep: Sweep) -> str:
+    return f"{plain(str(folder.path))}: {counts(list(sweep.jobs.values()))}"
+
+
+def _is_study(folder: SweepFolder) -> bool:
+    return os.path.lexists(folder.path / STORAGE)
+
+
+def _queue(folder: SweepFolder, jobs: Sequence[Job]) -> None:
+    """Let the journal say that jobs are to run, and the user why where it is not plain."""
+    for job in jobs:
+        if job.state == UNREADABLE:
+            print(plain(f"{job.error}; job {job.job} is run again"))
+        job.state = "queued"
+    folder.journal.write(job_event(job, "state") for job in jobs)
 
 
 def _run_again(folder: SweepFolder, sweep: Sweep, *more: str) -> None:
@@ -121,10 +156,17 @@ def _run_again(folder: SweepFolder, sweep: Sweep, *more: str) -> None:
     inside = folder.path.absolute().is_relative_to(sweep.cwd)
     path = folder.path.absolute().relative_to(sweep.cwd) if inside else folder.path.absolute()
     words += [f"hydra.sweep.dir={quoted(str(path))}", *more]
-    os.chdir(sweep.cwd)
+    try:
+        os.chdir(sweep.cwd)
+    except OSError as error:
+        raise Refused(
+            f"the sweep was started in {sweep.cwd}, which cannot be entered: {why(error)}; type "
+            "its command in the folder that it is in now"
+        ) from None
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *words])
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # where it is not UTF-8
     main(sys.argv[1:])

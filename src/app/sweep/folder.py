@@ -23,8 +23,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from app.errors import Refused
+from app.errors import Refused, Unreadable
+from app.process.files import is_locked, read_json, why
 from app.sweep.journal import NAME, Job, Journal, Sweep
+from app.sweep.progress import plain
 
 OF_THE_COMMAND = ("launch", "resume", "hydra/launcher", "hydra.launcher", "hydra.sweep.dir",
                   "hydra.mode", "sweep.num_trials", "sweep.num_parallel")  # fmt: skip
@@ -38,6 +40,8 @@ ASKING_S = 0.1
 PATIENCE_S = 60.0
 """For how long a launcher that was asked to stop may take."""
 
+ELSEWHERE = "type another hydra.sweep.dir=, or resume=never to move the old one aside"
+
 
 class SweepFolder:
     """The folder of one sweep."""
@@ -49,9 +53,18 @@ class SweepFolder:
         self._lock: int | None = None
 
     def hold(self) -> bool:
-        """Hold the folder to the end of this process; False where another one holds it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+        """Hold the folder to the end of this process; False where another one holds it.
+
+        Raises Refused where there can be no such lock.
+        """
+        is_locked(self._lock_path)  # raises where it is no file
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise Refused(
+                f"{self._lock_path} cannot be written: {why(error)}; type another hydra.sweep.dir="
+            ) from None
         end = time.monotonic() + ASKING_S
         while True:
             try:
@@ -74,15 +87,20 @@ class SweepFolder:
         self._lock = None
 
     def holder(self) -> dict[str, Any] | None:
-        """`pid` and `host` of the launcher that runs the sweep; None where none does."""
-        if not self._lock_path.exists():
+        """`pid` and `host` of the launcher that runs the sweep; None where none does.
+
+        Both are `?` where it does not say so. Raises Unreadable where that cannot be known.
+        """
+        if not is_locked(self._lock_path):
             return None
-        with self._lock_path.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return dict(json.loads(file.read() or '{"pid": 0, "host": "?"}'))
-        return None
+        try:
+            said = read_json(self._lock_path) or {}
+        except Unreadable:  # it was locked a moment ago, or the file is torn
+            said = {}
+        pid, host = said.get("pid"), said.get("host")
+        is_whole = type(pid) is int and 0 < pid < 1 << 31
+        is_whole = is_whole and isinstance(host, str) and host.isprintable()
+        return {"pid": pid, "host": host} if is_whole else {"pid": "?", "host": "?"}
 
     def held_message(self) -> str:
         """Who holds the folder, and what to do."""
@@ -102,7 +120,14 @@ class SweepFolder:
             return
         if holder["host"] != socket.gethostname():
             raise Refused(f"{self.held_message()} there")
-        os.kill(holder["pid"], signal.SIGTERM)
+        try:
+            os.kill(holder["pid"], signal.SIGTERM)
+        except OSError as error:
+            if self.holder() is not None:  # and has not ended in this moment
+                raise Refused(
+                    f"process {holder['pid']}, which {self._lock_path} names, cannot be ended: "
+                    f"{why(error)}; end the launcher yourself"
+                ) from None
         end = time.monotonic() + PATIENCE_S
         while self.holder() is not None:
             if time.monotonic() > end:
@@ -121,14 +146,22 @@ class SweepFolder:
 
     def refuse_changes(self, definition: Mapping[str, Any]) -> None:
         """Raise Refused, naming what changed, where another sweep is in the folder."""
-        sweep = self.journal.read()
+        try:
+            sweep = self.journal.read()
+        except Unreadable as error:
+            raise Refused(f"{error}; {ELSEWHERE}") from None
         if sweep is None or sweep.hash == hash_of(definition):
             return
         lines = "\n".join(f"  {line}" for line in _changes(sweep.definition, definition))
-        raise Refused(
-            f"{self.path} holds another sweep:\n{lines}\n"
-            "type another hydra.sweep.dir=, or resume=never to move the old one aside"
-        )
+        raise Refused(f"{self.path} holds another sweep:\n{lines}\n{ELSEWHERE}")
+
+    def tell_what_is_torn(self) -> None:
+        """Print what of the journal is left out."""
+        sweep = self.journal.read()
+        if sweep is not None and sweep.note:
+            print(plain(sweep.note))
+        if sweep is None and self.journal.path.exists():
+            print(plain(f"{self.journal.path} holds no whole line; the sweep begins anew"))
 
     def add(self, definition: Mapping[str, Any], overrides: list[list[str]]) -> list[Job]:
         """The jobs with these overrides: those that are known, the others noted as queued."""
@@ -191,7 +224,7 @@ def claim(cfg: DictConfig) -> tuple[SweepFolder, dict[str, Any]]:
         folder = SweepFolder(Path(cfg.hydra.sweep.dir))
         if not folder.hold():
             raise Refused(folder.held_message())
-        if begins_anew and folder.journal.path.exists():
+        if begins_anew and os.path.lexists(folder.journal.path):
             folder.move_aside()
             folder.release()
             folder = _new(folder.path)
@@ -200,6 +233,7 @@ def claim(cfg: DictConfig) -> tuple[SweepFolder, dict[str, Any]]:
         except Refused:
             folder.release()
             raise
+    folder.tell_what_is_torn()
     with read_write(cfg.hydra):
         cfg.hydra.sweep.dir = str(folder.path)
     return folder, definition
@@ -210,10 +244,13 @@ def _held_unfinished(pattern: str, definition: Mapping[str, Any]) -> SweepFolder
     found = sorted(map(Path, glob(f"{pattern}/{NAME}")), reverse=True)
     for path in found:
         folder = SweepFolder(path.parent)
-        if _is_unfinished(folder.journal.read(), definition) and folder.hold():
-            if _is_unfinished(folder.journal.read(), definition):  # also now that it is ours
-                return folder
-            folder.release()
+        try:
+            if _is_unfinished(folder.journal.read(), definition) and folder.hold():
+                if _is_unfinished(folder.journal.read(), definition):  # also now that it is ours
+                    return folder
+                folder.release()
+        except Refused as refusal:
+            print(plain(f"passed over: {refusal}"))
     return None
 
 

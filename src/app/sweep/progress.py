@@ -97,10 +97,11 @@ def table(jobs: Iterable[Job]) -> str:
         for job in jobs
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return "\n".join(
+    lines = (
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]])
         for row in rows
     )
+    return "\n".join(map(plain, lines))
 
 
 def counts(jobs: Sequence[Job]) -> str:
@@ -120,7 +121,12 @@ def duration(seconds: float) -> str:
 
 def first_line(text: str | None) -> str:
     """Of an error."""
-    return (text or "").partition("\n")[0]
+    return plain((text or "").partition("\n")[0])
+
+
+def plain(text: str) -> str:
+    """One line of printable characters, which a terminal shows and does not act on."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def _count(jobs: Iterable[Job], state: str) -> int:

@@ -12,8 +12,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from app.errors import Refused
-from app.process.files import write_atomically
+from app.errors import Refused, Unreadable
+from app.folder import RunFolder, what_decides
+from app.process.files import read_yaml, write_atomically
+from app.tuner.keys import tunable
 
 NAME = "tuned.yaml"
 DECIDING = ("model", "data", "optimizer", "accumulate", "clip", "averaging", "strategy",
@@ -34,18 +36,35 @@ def read_tuned(path: Path) -> dict[str, Any]:
             f"tuned must be a {NAME} that a tuner wrote, got {path}; type "
             "tuned=runs/NAME/tuned.yaml"
         )
-    content = OmegaConf.to_container(OmegaConf.load(found))
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content["overrides"].items()}
+    overrides = (read_yaml(found) or {}).get("overrides")
+    if not isinstance(overrides, dict):
+        raise Unreadable(found, "it has no overrides")
+    return {str(key): value for key, value in overrides.items()}
 
 
-def recalled(config: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
-    """Overrides found before: of `tuned`, or of an earlier command of the run in the folder."""
+def recalled(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any] | None:
+    """Overrides found before: of `tuned`, or of an earlier command of the run in the folder.
+
+    Where their file is lost, they are what the run's configuration has and the command has not.
+    """
     if config["tuned"] is not None:
         return read_tuned(Path(config["tuned"]))
-    if config["tuner"] is not None and (folder / NAME).exists():
-        return read_tuned(folder / NAME)
-    return None
+    if config["tuner"] is None:
+        return None
+    if (folder.path / NAME).exists():
+        return read_tuned(folder.path / NAME)
+    try:
+        before = folder.read_config()
+    except Unreadable:
+        return None
+    if before is None:
+        return None
+    old, new = what_decides(before), what_decides(config)
+    lost = {key: old.get(key) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
+    if not lost.keys() <= tunable(config):
+        return None  # another run, which is refused
+    write_tuned(folder.path / NAME, lost, {"from": folder.config_path.name})
+    return lost
 
 
 def write_tuned(path: Path, overrides: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:

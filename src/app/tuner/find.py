@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 
 from app.build import build_model_and_data
-from app.check import check
+from app.config import check
 from app.errors import Refused
 from app.launch import DDP, SINGLE
 from app.launch.ranks import ranks

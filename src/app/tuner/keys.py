@@ -44,6 +44,19 @@ def tuned_key(
     )
 
 
+def tunable(config: Mapping[str, Any]) -> set[str]:
+    """The keys that the finders of a configuration may tune."""
+    found: set[str] = set()
+    for finder, candidates in (("batch_size", BATCH_SIZE_KEYS), ("lr", LR_KEYS)):
+        settings = config["tuner"][finder]
+        if settings is not None:
+            chosen = settings["key"]
+            found |= set(
+                candidates if chosen is None else [chosen] if isinstance(chosen, str) else chosen
+            )
+    return found
+
+
 def startable(cfg: DictConfig) -> DictConfig:
     """The configuration with a micro-batch that its effective batch allows, where one is searched.
 

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from app.errors import Refused
 from app.tuner.lr_rules import beta_for, diverged, sweep
 from app.tuner.probe import fit, release_memory, throwaway
 
@@ -79,7 +80,7 @@ class Sweep(pl.Callback):
         if loss is None:
             loss = trainer.callback_metrics.get("train_loss")
         if loss is None:
-            raise ValueError(
+            raise Refused(
                 f"tuner.lr needs the loss of {type(pl_module).__name__}: return it from "
                 "training_step, or log it as train_loss"
             )
@@ -149,7 +150,7 @@ def range_test(
 
     Not complete is one that Ctrl-C ended after ten steps; before, KeyboardInterrupt is raised.
 
-    Raises ValueError where the first loss is not finite.
+    Raises Refused where the first loss is not finite.
     """
     rates = sweep(
         num_steps=settings["num_steps"],
@@ -182,7 +183,7 @@ def range_test(
         del run
         release_memory()
     if not sweeping.losses or not math.isfinite(sweeping.losses[0]):
-        raise ValueError(
+        raise Refused(
             f"tuner.lr needs a finite loss to begin with, got {sweeping.losses[:1]}; look at the "
             "data and the model, or use tuner=none"
         )

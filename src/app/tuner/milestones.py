@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
 
 from app.accumulate import EffectiveBatch
+from app.errors import Refused
 from app.launch.ranks import ranks
 from app.shares import share_of
 from app.tuner.find import batch_size_of, say
@@ -136,7 +137,7 @@ class BatchSizeAtMilestones(pl.Callback):
         group, _, name = self._key.partition(".")
         owner = trainer.lightning_module if group == "model" else trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(owner, name):
-            raise ValueError(
+            raise Refused(
                 f"tuner.milestones cannot change {self._key}: {type(owner).__name__} does not keep "
                 f"it as its attribute {name}; type tuner.batch_size=null"
             )

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from app.errors import Refused
+
 Mode = Literal["power", "binsearch", "model"]
 Goal = Literal["largest", "fastest"]
 
@@ -248,7 +250,7 @@ def slope_below(fitting: list[Trial]) -> float:
 
 def peak_of(trial: Trial) -> int:
     if trial.peak_bytes is None:
-        raise ValueError(_no_memory_reported())
+        raise Refused(_no_memory_reported())
     return trial.peak_bytes
 
 
@@ -295,7 +297,7 @@ def search_batch_size(
             tried after the first, which may leave memory unused; needs mode model.
 
     Raises:
-        ValueError: not even 1 fits, or no size tried within `max_trials`; mode model without
+        Refused: not even 1 fits, or no size tried within `max_trials`; mode model without
             reported memory; another mode with `provoke=False`.
         KeyboardInterrupt: from the probe, where nothing has fitted yet.
 
@@ -305,9 +307,9 @@ def search_batch_size(
     assert max_val >= 1, max_val
     assert 0 <= margin < 1, margin
     if mode == "model" and capacity_bytes is None:
-        raise ValueError(_no_memory_reported())
+        raise Refused(_no_memory_reported())
     if mode != "model" and not provoke:
-        raise ValueError(
+        raise Refused(
             f"{KEY}.mode must be model where running out of memory would hang the other ranks, "
             f"got {mode}; type {KEY}.mode=model"
         )
@@ -331,7 +333,7 @@ def search_batch_size(
             if bracket.width == 1 or bracket.exhausted:
                 break
         if bracket.low < 0:
-            raise ValueError(_nothing_fits(bracket))
+            raise Refused(_nothing_fits(bracket))
         reason = _reason(bracket, max_val, num_samples, divisors_of)
         size = bracket.size
         if margin > 0:

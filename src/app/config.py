@@ -1,0 +1,163 @@
+"""The checked configuration: every key, value and combination of it allowed. Needs no torch."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, fields, is_dataclass
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from app import cli
+from app.errors import Refused
+
+OF_ONE_CLASS = ("optimizer", "scheduler", "accumulate", "clip", "averaging", "sharing", "memory",
+                "compile", "tuner")  # fmt: skip
+"""Groups that can be off while a file sets keys of them, of which nothing can be built."""
+
+
+ALWAYS_ON = ("model", "data", "trainer", "strategy", "precision")
+
+TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+
+
+def check(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as plain containers, every value and combination of it allowed.
+
+    Imports neither torch nor Lightning.
+
+    Raises:
+        Refused: with the key as typed, the rule, the value, and what to type instead.
+    """
+    for group in (name for name in (*OF_ONE_CLASS, *ALWAYS_ON) if name in cfg):
+        _refuse_without_class(group, cfg)
+    _refuse_unread(cfg)
+    refuse_values(cfg)
+    try:
+        OmegaConf.to_object(cfg)  # runs the rules of every schema
+    except ValueError as error:
+        if type(error) is not ValueError:  # one of OmegaConf's own, explained by the command line
+            raise
+        raise Refused(str(error)) from None
+    except ArithmeticError as error:
+        raise Refused(f"a number is too large to count with: {error}; type a smaller one") from None
+    config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+def folders(cfg: DictConfig) -> dict[str, str]:
+    """What a run writes into, by the keys that hold it."""
+    found = {}
+    for path, node in _nodes(cfg, ""):
+        shape = OmegaConf.get_type(node)
+        for field in fields(shape) if is_dataclass(shape) else ():
+            if getattr(field.metadata.get("rule"), "is_folder", False) and node[field.name]:
+                found[f"{path}{field.name}"] = str(node[field.name])
+    return found
+
+
+def _refuse_without_class(group: str, cfg: DictConfig) -> None:
+    """Raise Refused where a group says neither a class nor a schema, or the schema of another."""
+    if OmegaConf.is_missing(cfg, group) or cfg[group] is None:
+        return
+    chosen, shape = cfg[group], OmegaConf.get_type(cfg, group)
+    if is_dataclass(shape) and shape.__module__.split(".")[-2] == group:
+        return
+    if shape is dict and "_target_" in list(chosen):  # also where it is still to be typed
+        return
+    if shape is dict and chosen and group in OF_ONE_CLASS:
+        raise Refused(cli.no_effect(f"{group}.{next(iter(chosen))}", group))
+    presets = [name for name in cli.groups()[group][0] if name not in ("none", "custom")]
+    raise Refused(
+        f"{group} must have a schema of its own, which its preset names first; begin the file with "
+        f"defaults: [/schema/{group}/{presets[0]}@_here_]"
+    )
+
+
+def _refuse_unread(cfg: DictConfig) -> None:
+    """Raise Refused where a key was added, with `+`, that nothing reads."""
+    for path, node in _nodes(cfg, ""):
+        shape = OmegaConf.get_type(node)
+        if not is_dataclass(shape):
+            continue
+        known = [field.name for field in fields(shape)]
+        for name in (str(name) for name in node if name not in known):
+            key, value = f"{path}{name}", node[name]
+            if getattr(shape, "_takes_others_", False):
+                if not (value is None or (isinstance(value, DictConfig) and "_target_" in value)):
+                    raise Refused(f"{key} needs a class; type +{key}._target_=package.module.Class")
+            elif path or not (_is_group(name, value) or _is_read(name, cfg)):
+                raise Refused(cli.unknown_key(key, [item for item in known if item[0] != "_"]))
+
+
+def _nodes(node: DictConfig, path: str) -> Iterator[tuple[str, DictConfig]]:
+    """All mappings of a configuration, each with what begins the keys in it."""
+    yield path, node
+    for name in node:
+        if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, str(name)):
+            continue
+        if isinstance(node[name], DictConfig):
+            yield from _nodes(node[name], f"{path}{name!s}.")
+
+
+def _is_group(name: str, value: Any) -> bool:
+    """Whether a key beside the groups is a group of the user's."""
+    if HydraConfig.initialized():
+        return name in HydraConfig.get().runtime.choices
+    return isinstance(value, DictConfig)
+
+
+def _is_read(name: str, cfg: DictConfig) -> bool:
+    """Whether another value is made from a key."""
+    texts = _scalars(OmegaConf.to_container(cfg), "")
+    reference = re.compile(rf"\$\{{\.*{re.escape(name)}[.\[}}]")
+    return any(isinstance(text, str) and reference.search(text) for _, text in texts)
+
+
+def refuse_values(cfg: DictConfig) -> None:
+    """Raise Refused at the first value that its field alone does not allow."""
+    for path, node in _nodes(cfg, ""):
+        shape = OmegaConf.get_type(node)
+        if "_target_" in node and not OmegaConf.is_missing(node, "_target_"):
+            target = node["_target_"]
+            if not (isinstance(target, str) and TARGET.fullmatch(target)):
+                raise Refused(
+                    f"{path}_target_ must be package.module.Class, got {target!r}; type "
+                    f"{path}_target_=package.module.Class"
+                )
+        for field in fields(shape) if is_dataclass(shape) else ():
+            key = f"{path}{field.name}"
+            if field.name not in node:
+                raise Refused(f"{key} is read, and ~{key} takes it away; type {key}=VALUE instead")
+            if not OmegaConf.is_missing(node, field.name):
+                _refuse_value(key, field, node)
+    for key, value in _scalars(OmegaConf.to_container(cfg), ""):
+        if isinstance(value, float) and math.isnan(value):
+            raise Refused(f"{key} must be a number, got nan; leave it out, or type a number")
+
+
+def _refuse_value(key: str, field: "Field[Any]", node: DictConfig) -> None:
+    rule = field.metadata.get("rule")
+    if rule is not None:
+        refusal = rule.refusal(key, node[field.name])
+        if refusal is not None:
+            raise Refused(refusal)
+    elif field.name[0] == "_" and field.name != "_target_" and node[field.name] != field.default:
+        raise Refused(
+            f"{key} must be {field.default}, got {node[field.name]}: it says how the class is "
+            "built; leave it out"
+        )
+
+
+def _scalars(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """What is at the ends of plain containers, by their keys."""
+    if isinstance(node, dict):
+        for name, item in node.items():
+            yield from _scalars(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, Sequence | ListConfig) and not isinstance(node, str):
+        for index, item in enumerate(node):
+            yield from _scalars(item, f"{key}[{index}]")
+    else:
+        yield key, node

@@ -1,0 +1,108 @@
+"""The classes that a configuration names, and what they take."""
+
+import difflib
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from inspect import Parameter
+from types import ModuleType
+from typing import Any
+
+from app.errors import Refused
+
+SHIPPED = ("app.", "torch.", "lightning.")
+"""How names begin of classes whose schema says what they take."""
+
+
+def has_others(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration names a class that has no schema here."""
+    return any(not node["_target_"].startswith(SHIPPED) for _, node in _targets(config, ""))
+
+
+def refuse_targets(config: Mapping[str, Any]) -> None:
+    """Raise Refused where a class cannot be imported, or does not take what it would be given."""
+    for key, node in _targets(config, ""):
+        found = located(key, node["_target_"])
+        if key != "trainer":  # which is given more than its settings
+            _refuse_arguments(key, node, found)
+
+
+def located(key: str, name: str) -> Callable[..., Any]:
+    """The class or function of a name. Raises Refused where it cannot be imported, or called."""
+    rule = f"{key}._target_ must be package.module.Class, got {name}"
+    try:
+        found = _found(name)
+    except Exception as error:  # of a module of the user's: anything
+        raise Refused(f"{rule}: {_origin(error)}") from error
+    if not callable(found):
+        is_module = isinstance(found, ModuleType)
+        what = f"module; type {key}._target_={name}.CLASS" if is_module else type(found).__name__
+        raise Refused(f"{rule}, which is a {what}")
+    return found  # type: ignore[no-any-return]
+
+
+def _found(name: str) -> Any:
+    """What a dotted name stands for; imports the longest part of it that is a module."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        module = ".".join(parts[:length])
+        try:
+            found: Any = import_module(module)
+        except ModuleNotFoundError as error:
+            if length > 1 and error.name is not None and f"{module}.".startswith(f"{error.name}."):
+                continue
+            raise
+        for part in parts[length:]:
+            found = getattr(found, part)
+        return found
+    raise AssertionError("a name has parts")
+
+
+def _targets(node: Any, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every mapping that names a class, by its key."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield key, node
+        for name, item in node.items():
+            yield from _targets(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for index, item in enumerate(node):
+            yield from _targets(item, f"{key}[{index}]")
+
+
+def _refuse_arguments(key: str, node: Mapping[str, Any], found: Callable[..., Any]) -> None:
+    try:
+        parameters = inspect.signature(found).parameters
+    except (TypeError, ValueError):  # of a class written in C
+        return
+    given = [str(name) for name in node if not (str(name)[0] == "_" and str(name)[-1] == "_")]
+    takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values())
+    named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    known = [name for name, p in parameters.items() if p.kind in named]
+    for name in given:
+        if name not in known and not takes_any:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {key}.{near[0]}?" if near else f"it takes {_list(known)}"
+            raise Refused(f"{key}.{name} is not an argument of {node['_target_']}; {hint}")
+    if node.get("_partial_") or node.get("_args_"):
+        return
+    for name in known:
+        if parameters[name].default is Parameter.empty and name not in given:
+            raise Refused(
+                f"{key}.{name} is required by {node['_target_']}; type +{key}.{name}=VALUE"
+            )
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if names[10:] else "") if names else "no arguments"
+
+
+def _origin(error: BaseException) -> str:
+    """The error that began it, and where in whose file."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg}, {error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if "importlib" not in f.filename and f.filename != __file__]
+    place = f", {theirs[-1].filename}:{theirs[-1].lineno}" if theirs else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
