@@ -125,6 +125,27 @@ def test_where_no_checkpoint_is_whole_nothing_begins_anew(
         newest_intact(tmp_path / "run/checkpoints")
 
 
+def test_a_file_reaches_the_disk_before_its_name_and_its_name_before_what_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened = []
+    fsync, replace = os.fsync, Path.replace
+
+    def note_fsync(descriptor: int) -> None:
+        happened.append(f"fsync {os.readlink(f'/proc/self/fd/{descriptor}')}")
+        fsync(descriptor)
+
+    def note_replace(path: Path, target: Path) -> Path:
+        happened.append(f"rename {path}")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "replace", note_replace)
+    write_ours(tmp_path / "x.ckpt")
+    partial = tmp_path / f".x.ckpt.{os.getpid()}.part"
+    assert happened == [f"fsync {partial}", f"rename {partial}", f"fsync {tmp_path}"]
+
+
 def test_what_raises_while_it_is_written_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_text("old")

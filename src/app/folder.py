@@ -27,6 +27,7 @@ from app.process.files import (
     read_json,
     read_yaml,
     read_yaml_list,
+    sync_folder,
     write_atomically,
     write_json,
 )
@@ -262,6 +263,7 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process; raise Refused where another one holds it."""
         self.path.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.path.parent)
         with self.lock_path.open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

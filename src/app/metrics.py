@@ -1,6 +1,7 @@
 """What a run measures while it trains, at the cost of one logger call in many steps."""
 
 import csv
+import io
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from app.errors import Refused, Unreadable
-from app.process.files import read_steps, skipped
+from app.process.files import read_steps, skipped, write_atomically
 from app.shares import mean_over_ranks
 
 
@@ -234,7 +235,7 @@ class MetricsCsv(Logger):
         if not self._columns or not self._line.keys() <= set(self._columns):
             self._rewrite()
             return
-        with self.path.open("r+", newline="") as file:
+        with self.path.open("r+", newline="", encoding="utf-8") as file:
             file.seek(self._line_start)
             csv.DictWriter(file, self._columns).writerow(self._line)
             file.truncate()
@@ -256,14 +257,13 @@ class MetricsCsv(Logger):
         lines = [line for line in _read_lines(self.path) if int(line["step"]) < step]
         self._columns = list(dict.fromkeys(name for line in [*lines, self._line] for name in line))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".part")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(lines)
-            self._line_start = file.tell()
-            writer.writerow(self._line)
-        partial.replace(self.path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns)
+        writer.writeheader()
+        writer.writerows(lines)
+        self._line_start = len(text.getvalue().encode())
+        writer.writerow(self._line)
+        write_atomically(self.path, text.getvalue())
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
