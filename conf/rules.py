@@ -19,6 +19,9 @@ RULE = "rule"
 MANY = 10**12
 """The most of what is counted: steps, epochs, samples."""
 
+LARGEST_RATE = 1e38
+"""Of learning rates: about the largest number of float32."""
+
 TEN_YEARS_MIN = 10 * 366 * 24 * 60
 
 

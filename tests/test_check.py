@@ -40,7 +40,7 @@ KEYS = {
     "clip._target_=package.module.Class",
     ("~seed",): "seed is read, and ~seed takes it away; type seed=VALUE instead",
     ("seed=4294967296",): "seed must be <= 4294967295, got 4294967296; type seed=42",
-    ("optimizer.lr=inf",): "optimizer.lr must be <= 1000000, got inf; type for example "
+    ("optimizer.lr=inf",): "optimizer.lr must be <= 1e+38, got inf; type for example "
     "optimizer.lr=0.01",
     ("optimizer.lr=nan",): "optimizer.lr must be > 0, got nan; type for example optimizer.lr=0.01",
     ("model=custom", "model._target_=theirs.LitModel", "+model.lr=nan"): "model.lr must be a "

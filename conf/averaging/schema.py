@@ -23,7 +23,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ..rules import MANY, count, number, require
+from ..rules import LARGEST_RATE, MANY, count, number, require
 
 NO_START = "for no bound type {key}=null"
 OFF = "to switch averaging off use averaging=none"
@@ -124,7 +124,7 @@ class Swa(Averaging):
     null where `start_step` is given."""
     lr: Any = number(
         above=0,
-        at_most=1_000_000,
+        at_most=LARGEST_RATE,
         rule="be > 0, or a list of such numbers",
         instead="to leave the schedule alone type {key}=null",
     )

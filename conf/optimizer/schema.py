@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from ..rules import count, number, require
+from ..rules import LARGEST_RATE, count, number, require
 
 OFF = "to switch it off type {key}=0"
 
@@ -18,7 +18,7 @@ class SGD:
 
     _target_: str = "torch.optim.SGD"
     _partial_: bool = True
-    lr: float = number(above=0, at_most=1_000_000, instead="type for example {key}=0.01")
+    lr: float = number(above=0, at_most=LARGEST_RATE, instead="type for example {key}=0.01")
     """Learning rate, > 0."""
     momentum: float = number(
         at_least=0, below=1, rule="be from 0 to below 1", instead="type {key}=0.9"
@@ -47,7 +47,7 @@ class Adam:
 
     _target_: str = MISSING
     _partial_: bool = True
-    lr: float = number(above=0, at_most=1_000_000, instead="type for example {key}=0.01")
+    lr: float = number(above=0, at_most=LARGEST_RATE, instead="type for example {key}=0.01")
     """Learning rate, > 0."""
     betas: list[float] = number(
         at_least=0,
@@ -72,7 +72,7 @@ class AdamW8bit:
     """AdamW with moments of 8 bits (arXiv 2110.02861): 2 bytes a parameter in place of 8."""
 
     _target_: str = "app.optim.AdamW8bit"
-    lr: float = number(above=0, at_most=1_000_000, instead="type for example {key}=0.01")
+    lr: float = number(above=0, at_most=LARGEST_RATE, instead="type for example {key}=0.01")
     """Learning rate, > 0."""
     betas: list[float] = number(
         at_least=0,

@@ -1,6 +1,6 @@
 """How several processes train one model: one process a device, started from the composed config.
 
-Processes of this machine are started by torch's elastic agent, the engine of torchrun, whatever the
+Processes of this machine are started by a launcher that listens on its loopback only, whatever the
 preset; started by torchrun or srun already, nothing is launched. Every rank draws the same order of
 samples and trains on its own share; each sample of an epoch is seen once.
 

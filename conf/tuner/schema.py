@@ -20,7 +20,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ..rules import MANY, count, folder, number, require, text
+from ..rules import LARGEST_RATE, MANY, count, folder, number, require, text
 
 
 class BatchMode(str, Enum):
@@ -111,9 +111,9 @@ class LearningRate:
     key: Any = MISSING
     """Key to tune, or a list with one for each optimizer of the model; null = optimizer.lr, else
     model.lr or model.learning_rate."""
-    lowest: float = number(above=0, at_most=1_000_000, instead="type {key}=1e-7")
+    lowest: float = number(above=0, at_most=LARGEST_RATE, instead="type {key}=1e-7")
     """First learning rate, > 0."""
-    highest: float = number(above=0, at_most=1_000_000, instead="type {key}=10.0")
+    highest: float = number(above=0, at_most=LARGEST_RATE, instead="type {key}=10.0")
     """Last learning rate, above the first."""
     num_steps: int = count(at_least=10, at_most=1_000_000, instead="type {key}=100")
     """Optimizer steps of the sweep, >= 10."""

@@ -218,6 +218,8 @@ def _is_refused_by_lightning(error: BaseException) -> bool:
 
 def explain(error: BaseException) -> str:
     """The text of an error of composing or checking, in terms of what was typed, in one line."""
+    if isinstance(error, Refused):
+        return str(error)  # which may list keys, a line each
     said = []
     cause: BaseException | None = error
     while cause is not None:

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from app.errors import Refused, Unreadable
 from app.process.files import (
+    is_locked,
     read_json,
     read_yaml,
     read_yaml_list,
@@ -136,8 +137,8 @@ class RunFolder:
         if content is None:
             return None
         refuse_other_shape(self.config_path, content, CONFIG)
-        config = OmegaConf.create({**content, "run_dir": str(self.path)})
         try:
+            config = OmegaConf.create({**content, "run_dir": str(self.path)})
             found = OmegaConf.to_container(config, resolve=True)
         except OmegaConfBaseException as error:
             raise Unreadable(self.config_path, error) from None
@@ -284,14 +285,7 @@ class RunFolder:
 
     def is_held(self) -> bool:
         """Whether a process holds the folder now: trains in it."""
-        if not self.lock_path.exists():
-            return False
-        with self.lock_path.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        return is_locked(self.lock_path)
 
 
 def refuse_unwritable(folders: Mapping[str, str]) -> None:

@@ -21,6 +21,7 @@ from app.launch.job import LOG, write_to
 from app.launch.local import leave
 from app.launch.ranks import num_slurm_tasks
 from app.launch.requeue import RESTARTS, requeued_or_told
+from app.launch.slurm_states import result_in
 from app.sweep.folder import SweepFolder
 from app.sweep.journal import Job
 
@@ -87,7 +88,7 @@ class Submitted:
             self._settle(error, rank)
             raise SystemExit(2 if isinstance(error, Refused) else exit_code) from error
         if rank == 0:
-            result = RunFolder(self.folder).read_result() or {}
+            result = result_in(self.folder)
             self._note(result.get("status", "finished"), "value", value=value)
         return value
 
@@ -127,7 +128,7 @@ class Submitted:
     def _note_failure(self, rank: int, error: str) -> None:
         """Keep which rank failed first, as far as this one knows: the last to leave knows best."""
         run = RunFolder(self.folder)
-        result = run.read_result() or {}
+        result = result_in(self.folder)
         told = {"status": "failed", "error": error, "rank": rank}
         if result.get("status") in ENDED or told.items() <= result.items():
             return
