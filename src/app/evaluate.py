@@ -1,10 +1,12 @@
 """Evaluates a trained run: `python -m app.evaluate run=runs/mine stage=test`."""
 
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from app import cli
 from app.config import check
@@ -12,7 +14,7 @@ from app.errors import Refused
 from app.folder import RunFolder
 from app.imports import importing
 from app.launch import SINGLE
-from app.process.files import write_json
+from app.process.files import replacing, write_json
 from app.process.intact import refuse_damaged
 from app.tuner.keys import with_overrides
 
@@ -24,8 +26,7 @@ def main(cfg: DictConfig) -> None:
     config = folder.read_config()
     if config is None:
         raise Refused(f"run must be the folder of a run, got {cfg.run}: it has no config.yaml")
-    changed = OmegaConf.merge(config, OmegaConf.from_dotlist(list(cfg.overrides)))
-    assert isinstance(changed, DictConfig)
+    changed = overridden(config, list(cfg.overrides))
     checkpoint = checkpoint_path(folder, cfg.checkpoint)
     if settings["tuner"] is not None:
         with importing():
@@ -37,6 +38,41 @@ def main(cfg: DictConfig) -> None:
     evaluate(
         OmegaConf.to_container(changed), folder, stage=settings["stage"], checkpoint=checkpoint
     )
+
+
+KINDS: Mapping[Any, str] = {
+    bool: "true or false",
+    int | float: "a number",
+    str: "a text",
+    DictConfig: "a group",
+    ListConfig: "a list",
+}
+
+
+def overridden(config: Mapping[str, Any], words: Sequence[str]) -> DictConfig:
+    """The configuration of a run with other values.
+
+    Raises Refused where one is no KEY=VALUE, its key is none of the run's, or its value of another
+    kind.
+    """
+    found = OmegaConf.create(dict(config))
+    for word in words:
+        key, sign, _ = word.partition("=")
+        parent = OmegaConf.select(found, key.rpartition(".")[0]) if "." in key else found
+        known = [str(name) for name in parent] if isinstance(parent, DictConfig) else []
+        if not sign:
+            raise Refused(f"overrides must be KEY=VALUE, got {word}; type 'overrides=[\"seed=1\"]'")
+        if key.rpartition(".")[2] not in known:
+            raise Refused(cli.unknown_key(key, [name for name in known if name[0] != "_"]))
+        before = OmegaConf.select(found, key)
+        value = OmegaConf.select(OmegaConf.from_dotlist([word]), key)
+        kind = next((kind for kind in KINDS if isinstance(before, kind)), None)
+        if kind is not None and value is not None and not isinstance(value, kind):
+            raise Refused(
+                f"{key} must be {KINDS[kind]}, as {before!s:.60} is, got {value}; leave it out"
+            )
+        OmegaConf.update(found, key, value)
+    return found
 
 
 def checkpoint_path(folder: RunFolder, checkpoint: str) -> Path:
@@ -95,18 +131,33 @@ def evaluate(config: Any, folder: RunFolder, *, stage: str, checkpoint: Path) ->
     # the techniques of the fit are not here: their work is in the weights
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
     if stage == "predict":
-        predictions = trainer.predict(model, datamodule=data, ckpt_path=checkpoint)
+        with _same_model(checkpoint):
+            predictions = trainer.predict(model, datamodule=data, ckpt_path=checkpoint)
         path = folder.path / "predictions.pt"
-        torch.save(predictions, path)
+        with replacing(path) as file:
+            torch.save(predictions, file)
         print(path)
         return
     runner = trainer.test if stage == "test" else trainer.validate
-    parts = runner(model, datamodule=data, ckpt_path=checkpoint, verbose=False)
+    with _same_model(checkpoint):
+        parts = runner(model, datamodule=data, ckpt_path=checkpoint, verbose=False)
     metrics = {name: value for part in parts for name, value in part.items()}
     path = folder.path / f"{stage}.json"
     write_json(path, {"checkpoint": str(checkpoint), "metrics": metrics})
     print("  ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items())))
     print(path)
+
+
+@contextmanager
+def _same_model(checkpoint: Path) -> Iterator[None]:
+    """Raise Refused where torch says that the weights of a checkpoint are not the model's."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("Error(s) in loading state_dict"):
+            raise
+        words = " ".join(str(error).split())
+        raise Refused(f"{checkpoint} is of another model: {words:.400}") from error
 
 
 if __name__ == "__main__":
