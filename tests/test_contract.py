@@ -2,9 +2,10 @@
 
 import dataclasses
 import inspect
+import math
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
@@ -51,14 +52,18 @@ def test_a_schema_holds_no_numbers_and_documents_every_field(shape: Any) -> None
             assert text.startswith('    """'), f"{owner.__name__}.{name} in {source[:40]}"
 
 
+NUMBERS = (int, float, list[int], list[float])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_number_has_two_ends_and_a_text_something_in_it(shape: Any) -> None:
-    node = OmegaConf.structured(shape)
+def test_a_number_has_a_range_with_two_ends(shape: Any) -> None:
+    hints = get_type_hints(shape)
     for name, field in settings(shape).items():
-        kind = str(node._get_node(name)._metadata.ref_type)
-        is_list = getattr(node._get_node(name)._metadata, "element_type", None)
-        if int in (node._get_node(name)._metadata.ref_type, is_list) or "float'" in kind:
-            assert field.metadata, f"{name} has no range"
+        if any(hints[name] in (kind, kind | None) for kind in NUMBERS):
+            rule = field.metadata["rule"]
+            assert rule.refusal(name, math.nan), name
+            assert rule.refusal(name, -math.inf), name
+            assert rule.refusal(name, math.inf) or rule.at_most == math.inf, name
 
 
 @pytest.mark.parametrize("preset", PRESETS)
