@@ -140,6 +140,8 @@ METRICS = ("train_loss", "val_loss", "val_acc", "test_loss", "test_acc", "raw_va
 def _unknown_metric(run: "Train") -> tuple[str, str, str, str] | None:
     """Key, known names, name and key again of a metric that a model of ours does not log."""
     callbacks = run.callbacks
+    if not (callbacks is None or is_dataclass(callbacks)):
+        return None
     names = {f.name for f in fields(callbacks)} if is_dataclass(callbacks) else set()
     if not _are_ours(run) or not vars(callbacks or run).keys() <= names | vars(run).keys():
         return None  # a callback of somebody's may log others

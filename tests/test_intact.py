@@ -26,7 +26,13 @@ def content() -> dict[str, Any]:
     weights["bytes"] = torch.arange(200, dtype=torch.uint8)
     weights["half"] = torch.randn(9, generator=generator).bfloat16()
     weights["tied"] = weights["layer.0"]
-    return {"state_dict": weights, "epoch": 3, "name": "x" * 100, "none": None}
+    return {
+        "pytorch-lightning_version": "2.6",
+        "state_dict": weights,
+        "epoch": 3,
+        "name": "x" * 100,
+        "none": None,
+    }
 
 
 def write_ours(path: Path) -> None:

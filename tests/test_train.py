@@ -203,13 +203,14 @@ def test_without_the_monitored_metric_the_last_checkpoint_is_tested(
 
 def test_a_checkpoint_never_names_code(tmp_path: Path) -> None:
     files, path = CheckpointFiles(), tmp_path / "a.ckpt"
+    head: dict[str, Any] = {"state_dict": {}, "pytorch-lightning_version": "2.6"}
     hyper_parameters = {"lr": 0.2, "activation": torch.nn.ReLU, "where": tmp_path}
     with pytest.warns(
         UserWarning, match="hyper_parameters.activation holds a builtins.type; it is"
     ):
-        files.save_checkpoint({"state_dict": {}, "hyper_parameters": hyper_parameters}, path)
+        files.save_checkpoint({**head, "hyper_parameters": hyper_parameters}, path)
     kept = {"lr": 0.2, "where": str(tmp_path)}
-    assert files.load_checkpoint(path) == {"state_dict": {}, "hyper_parameters": kept}
+    assert files.load_checkpoint(path) == {**head, "hyper_parameters": kept}
     with pytest.raises(Refused) as refusal:
         files.save_checkpoint({"callbacks": {"Theirs": {"seen": [1, Failing()]}}}, path)
     assert str(refusal.value) == (

@@ -128,6 +128,14 @@ class LearningRate:
 
     def __post_init__(self) -> None:
         key = "tuner.lr"
+        keys = self.key if isinstance(self.key, list) else [self.key]
+        require(
+            all(name is None or isinstance(name, str) for name in keys),
+            f"{key}.key",
+            "be a key, or a list of keys",
+            self.key,
+            f"type {key}.key=optimizer.lr",
+        )
         require(
             self.highest > self.lowest,
             f"{key}.highest",

@@ -116,10 +116,10 @@ def build_model_and_data(
         ("model", model, pl.LightningModule),
         ("data", data, pl.LightningDataModule),
     ):
-        if not isinstance(value, kind):
+        if not isinstance(value, kind):  # a function has made it
             raise Refused(
-                f"{key}._target_ must be a {kind.__name__}, got {config[key]['_target_']}; "
-                f"type {key}._target_=package.Class"
+                f"{key}._target_ must make a {kind.__name__}, got {config[key]['_target_']}; type "
+                f"{key}._target_=package.Class"
             )
     if config["sharing"] is not None:
         _make(config["sharing"]).attach(data, config)

@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from app import cli
 from app.config import check
 from app.imports import importing
-from app.process.targets import SHIPPED, has_others, refuse_targets
+from app.process.targets import named_in
 from app.tuner.answers import read_tuned
 from app.tuner.keys import with_overrides
 
@@ -38,17 +37,15 @@ def describe(config: dict[str, Any]) -> list[tuple[str, str]]:
 def main(cfg: DictConfig) -> None:
     """Check, and say what is on.
 
-    Builds a model that is not ours: only it knows whether it steps its own optimizers.
+    Builds what is not ours: only a model knows whether it steps its own optimizers.
     """
     config = check(cfg)
     if config["tuned"] is not None:
         config = check(with_overrides(cfg, read_tuned(Path(config["tuned"]))))
-    if has_others(config) or any("_target_" in word for word in HydraConfig.get().overrides.task):
+    if named_in(config) - cli.shipped_targets():
         with importing():
             from app.build import build
-        refuse_targets(config)
-        if not config["model"]["_target_"].startswith(SHIPPED):
-            build(config, [])
+        build(config, [])
     for name, text in describe(config):
         print(f"{name:<12}{text}")
     print("ok")

@@ -99,9 +99,10 @@ class CheckpointFiles(TorchCheckpointIO):
             raise
         except Exception as error:  # of an archive of somebody else's: almost anything
             raise Refused(f"{path} is no checkpoint that torch can read: {error}") from error
-        if not isinstance(content, dict) or "state_dict" not in content:
-            raise Refused(f"{path} is no checkpoint of a LightningModule: it has no state_dict")
-        return content
+        for name in ("state_dict", "pytorch-lightning_version"):
+            if not isinstance(content, dict) or name not in content:
+                raise Refused(f"{path} is no checkpoint of a LightningModule: it has no {name}")
+        return dict(content)
 
     @staticmethod
     def _plain_state(value: Any, key: str) -> Any:

@@ -1,18 +1,23 @@
 """The command line of every entry point: Hydra's, with messages that say what to type instead."""
 
+import argparse
 import ast
+import atexit
 import difflib
 import errno
 import gc
 import hashlib
 import os
+import re
+import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.errors import (
@@ -66,6 +71,9 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
     if config_name in ("train", "tune"):
         sys.argv[1:] = named_after_job(arguments)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand us the exception, not a printed text
+    is_sweep = bool({"-m", "--multirun"} & {*arguments}) and not ({*SHOWS} & {*arguments})
+    if config_name == "check" and is_sweep:
+        sys.argv[1:] = as_a_check(arguments)
     guarded = TaskOfCommand(task)
     told: list[str] = []
     exit_code = 0
@@ -75,6 +83,8 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
         hydra.main(
             version_base=VERSION_BASE, config_path="pkg://app.conf", config_name=config_name
         )(guarded)()
+        if is_sweep and not guarded.has_begun:
+            raise Refused(NO_JOB)
     except JobsFailed as error:
         guarded.failed.append(error)
     except KeyboardInterrupt:
@@ -94,12 +104,41 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
     for line in told:
         print(f"{config_name}: {line}", file=sys.stderr)
     exit_code = exit_code or (1 if guarded.failed else 2 if guarded.refused else 0)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and guarded.has_begun:
+    if guarded.has_begun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from app.launch.local import leave
 
         leave(exit_code)  # torch's threads can abort a rank that ends in the usual way
     if exit_code:
         sys.exit(exit_code)
+
+
+SHOWS = ("--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help", "--version")
+"""Flags with which Hydra shows something, and calls nothing."""
+
+
+NO_JOB = "the sweep has no job: what is swept has no value; type others, or leave -m out"
+
+
+def as_a_check(arguments: list[str]) -> list[str]:
+    """The words of a sweep whose jobs are looked at here, one after the other, and leave nothing.
+
+    Raises SystemExit where they are chosen by what earlier ones come to.
+    """
+    if any(word.startswith("sweep=") and word != "sweep=none" for word in arguments):
+        said = "a search chooses its jobs as they end; type one of them, without -m"
+        print(f"check: {said}", file=sys.stderr)
+        sys.exit(2)
+    folder = tempfile.mkdtemp(prefix="app-check-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return [*arguments, "hydra/launcher=basic", "hydra/sweeper=basic", f"hydra.sweep.dir={folder}"]
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line without Hydra, that is refused in a line too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise Refused."""
+        raise Refused(f"{message}; type {self.prog} --help")
 
 
 def make_streams_safe() -> None:
@@ -116,6 +155,7 @@ def make_streams_safe() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
+MOST_RANKS = 1_000_000
 OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
@@ -130,6 +170,8 @@ def refuse_environment(environment: Mapping[str, str]) -> None:
                 f"{text or 'nothing'}; type unset {name}"
             )
         numbers[name] = int(text)
+        if numbers[name] > MOST_RANKS:
+            raise Refused(f"the environment's {name} must be <= {MOST_RANKS}, got {text}")
     if numbers["WORLD_SIZE"] > 1 and "RANK" in environment:
         for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             if not environment.get(name):
@@ -137,6 +179,12 @@ def refuse_environment(environment: Mapping[str, str]) -> None:
                     f"the environment says WORLD_SIZE={numbers['WORLD_SIZE']}, and no {name}; "
                     "start the ranks with torchrun, or type unset WORLD_SIZE RANK"
                 )
+        port = environment["MASTER_PORT"]
+        if not (port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+            raise Refused(
+                f"the environment's MASTER_PORT must be a port, got {port}; start the ranks with "
+                "torchrun, or type unset WORLD_SIZE RANK"
+            )
         if numbers["RANK"] >= numbers["WORLD_SIZE"]:
             raise Refused(
                 f"the environment's RANK must be below WORLD_SIZE={numbers['WORLD_SIZE']}, got "
@@ -191,7 +239,8 @@ class TaskOfCommand:
             self.refused.append(error)  # raised from here, Hydra would print a traceback's head
 
 
-OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
+OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE,
+                  errno.EFBIG)  # fmt: skip
 """Errors that are nobody's mistake in code: no space, a read-only disk, too few descriptors."""
 
 
@@ -228,8 +277,8 @@ def explain(error: BaseException) -> str:
             return " ".join(text.split())
         said.append(" ".join(str(cause).split()))
         cause = cause.__cause__
-    first, *_, last = said[0], *filter(None, said)
-    return (first if first == last else f"{first}: {last}").lstrip(": ") or type(error).__name__
+    words = list(dict.fromkeys(filter(None, said)))
+    return ": ".join(words[:1] + words[1:][-1:]) or type(error).__name__
 
 
 def _explained(error: BaseException) -> str | None:
@@ -305,6 +354,8 @@ def _undecodable() -> str:
             path.read_bytes().decode()
         except UnicodeDecodeError:
             return str(path)
+        except OSError:  # no file: not the one that was read
+            continue
     return "a preset"
 
 
@@ -352,7 +403,7 @@ def _unknown_preset(error: MissingConfigException) -> str:
 def help_text(config_name: str, description: str) -> str:
     """What the command does, its groups with their presets, and where to look further."""
     command = f"python -m app.{config_name}"
-    lines = [description, "", f"usage: {command} [group=preset ...] [key=value ...]"]
+    lines = [description or "", "", f"usage: {command} [group=preset ...] [key=value ...]"]
     if config_name in ("train", "tune", "check"):
         lines += ["", "groups (group=preset; what it is):"]
         for group, (presets, summary) in groups().items():
@@ -366,13 +417,24 @@ def help_text(config_name: str, description: str) -> str:
     return "\n".join(lines)
 
 
-def groups() -> dict[str, tuple[list[str], str]]:
-    """Each group of the configuration: its presets and the first sentence of its method card."""
+def shipped_targets() -> set[str]:
+    """The classes that presets and schemas name: their settings are known without an import."""
+    files = (path for kind in ("yaml", "py") for path in _conf().glob(f"*/*.{kind}"))
+    text = "".join(path.read_text() for path in files)
+    return set(re.findall(r"_target_:(?: str =)? \"?([\w.]+)", text))
+
+
+def _conf() -> Path:
     spec = find_spec("app.conf")
     assert spec is not None
     assert spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0])
+
+
+def groups() -> dict[str, tuple[list[str], str]]:
+    """Each group of the configuration: its presets and the first sentence of its method card."""
     found = {}
-    for folder in sorted(Path(spec.submodule_search_locations[0]).iterdir()):
+    for folder in sorted(_conf().iterdir()):
         presets = sorted(path.stem for path in folder.glob("*.yaml"))
         if presets:
             card = folder / "schema.py"

@@ -60,7 +60,11 @@ def folders(cfg: DictConfig) -> dict[str, str]:
 
 def _refuse_without_class(group: str, cfg: DictConfig) -> None:
     """Raise Refused where a group says neither a class nor a schema, or the schema of another."""
-    if OmegaConf.is_missing(cfg, group) or cfg[group] is None:
+    if OmegaConf.is_missing(cfg, group):
+        return
+    if cfg[group] is None:
+        if group in ALWAYS_ON:
+            raise Refused(f"{group} must not be null; choose {group}={'|'.join(_presets(group))}")
         return
     chosen, shape = cfg[group], OmegaConf.get_type(cfg, group)
     if is_dataclass(shape) and shape.__module__.split(".")[-2] == group:
@@ -69,11 +73,14 @@ def _refuse_without_class(group: str, cfg: DictConfig) -> None:
         return
     if shape is dict and chosen and group in OF_ONE_CLASS:
         raise Refused(cli.no_effect(f"{group}.{next(iter(chosen))}", group))
-    presets = [name for name in cli.groups()[group][0] if name not in ("none", "custom")]
     raise Refused(
         f"{group} must have a schema of its own, which its preset names first; begin the file with "
-        f"defaults: [/schema/{group}/{presets[0]}@_here_]"
+        f"defaults: [/schema/{group}/{_presets(group)[0]}@_here_]"
     )
+
+
+def _presets(group: str) -> list[str]:
+    return [name for name in cli.groups()[group][0] if name not in ("none", "custom")]
 
 
 def _refuse_unread(cfg: DictConfig) -> None:

@@ -16,6 +16,7 @@ from app.imports import importing
 from app.launch import SINGLE
 from app.process.files import replacing, write_json
 from app.process.intact import refuse_damaged
+from app.process.targets import refuse_targets
 from app.tuner.keys import with_overrides
 
 
@@ -124,6 +125,7 @@ def evaluate(config: Any, folder: RunFolder, *, stage: str, checkpoint: Path) ->
 
     # one device sees every sample once, and any strategy's checkpoint is of whole tensors
     config = {**config, "strategy": {"_target_": SINGLE}}
+    refuse_targets(config)
     model, data = build_model_and_data(config)
     callbacks = {**(config["callbacks"] or {}), "checkpoint": None}
     trainer = build_trainer(config, callbacks=build_callbacks({"callbacks": callbacks}), loggers=[])

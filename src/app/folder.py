@@ -153,6 +153,8 @@ class RunFolder:
         result = read_json(self.result_path)
         if result is not None:
             refuse_other_shape(self.result_path, result, RESULT)
+            if result["status"] in ENDED and "metrics" not in result:
+                raise Unreadable(self.result_path, "it has no metrics, as those of ended runs have")
         return result
 
     def write_config(self, config: Mapping[str, Any], overrides: list[str]) -> None:
@@ -265,7 +267,11 @@ class RunFolder:
         """Hold the folder for this process; raise Refused where another one holds it."""
         self.path.mkdir(parents=True, exist_ok=True)
         sync_folder(self.path.parent)
-        with self.lock_path.open("a+") as file:
+        try:
+            lock = self.lock_path.open("a+")
+        except IsADirectoryError as error:
+            raise Unreadable(self.lock_path, error.strerror) from None
+        with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -55,6 +55,7 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         settings, config = self._settings, self._config
         assert isinstance(task_function, TaskOfCommand)
+        task_function.has_begun = True
         sweeper = OptunaSweeperImpl(
             sampler=None,
             direction=config.direction.value,

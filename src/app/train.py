@@ -220,7 +220,10 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
                 record.content["metrics"][name] = value
         if is_first:
             with record.phase("curves"):
-                draw_curves(folder.path / "metrics.csv", folder.path / "curves.png")
+                try:
+                    draw_curves(folder.path / "metrics.csv", folder.path / "curves.png")
+                except OSError as error:  # a picture does not fail a run
+                    print(f"no curves are drawn: {error}")
     if is_first:
         text = "  ".join(f"{k} {v:.4g}" for k, v in sorted(record.content["metrics"].items()))
         print(f"{record.outcome}  {text}\n{folder.result_path}")

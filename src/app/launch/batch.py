@@ -15,7 +15,7 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrid
 from hydra.types import TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from app.cli import TaskOfCommand
+from app.cli import NO_JOB, TaskOfCommand
 from app.errors import JobsFailed, Refused
 from app.launch import is_slurm
 from app.launch.composing import Composer
@@ -56,6 +56,7 @@ class Batch:
             raise Refused(str(error)) from None
         assert isinstance(task, TaskOfCommand)
         self.task = task.task
+        task.has_begun = True  # as far as it goes here: jobs are other processes
         self.config = config
         gc.enable()  # a composed job that nobody keeps is more than a MiB of cycles
         self._composer = Composer(loader)
@@ -72,9 +73,11 @@ class Batch:
         Args:
             run: is given all jobs and those to run; returns the signal that stopped it.
 
-        Raises Refused where a job was chosen that is not there; SystemExit where the sweep was
-        interrupted: 128 and the signal.
+        Raises Refused where there is no job, or one was chosen that is not there; SystemExit where
+        the sweep was interrupted: 128 and the signal.
         """
+        if not job_overrides:
+            raise Refused(NO_JOB)
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         jobs = self.folder.add(self._definition, [list(typed) for typed in job_overrides])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from app.errors import Refused, Unreadable
+from app.process.files import opened, why
 
 MARK = b"app-crc32:"
 COMMENT_BYTES = len(MARK) + 8
@@ -56,7 +57,7 @@ def refuse_damaged(path: Path) -> None:
             status = path.stat()
             reason = _damage(path, status.st_ino, status.st_size, status.st_mtime_ns)
         except OSError as error:
-            raise Unreadable(path, (error.strerror or str(error)).lower()) from None
+            raise Unreadable(path, why(error)) from None
     if reason is not None:
         raise Refused(f"{path} is damaged: {reason}")
 
@@ -65,7 +66,10 @@ def refuse_damaged(path: Path) -> None:
 def _damage(path: Path, inode: int, size: int, changed_ns: int) -> str | None:
     """What is wrong with an archive; None where nothing is."""
     tail = COMMENT_BYTES + LENGTH_BYTES
-    with path.open("rb") as file:
+    file = opened(path)
+    if file is None:
+        raise Unreadable(path, "no such file")
+    with file:
         file.seek(max(0, size - 2 * tail))
         end = file.read()
         if MARK in end:

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
@@ -11,21 +12,48 @@ from typing import Any
 
 from app.errors import Refused
 
-SHIPPED = ("app.", "torch.", "lightning.")
-"""How names begin of classes whose schema says what they take."""
+BASES = {
+    "model": ("lightning.pytorch", "LightningModule"),
+    "data": ("lightning.pytorch", "LightningDataModule"),
+    "callbacks": ("lightning.pytorch", "Callback"),
+    "logger": ("lightning.pytorch.loggers", "Logger"),
+    "accumulate": ("lightning.pytorch", "Callback"),
+    "clip": ("lightning.pytorch", "Callback"),
+    "averaging": ("lightning.pytorch", "Callback"),
+    "trainer": ("app.trainer", "Trainer"),
+}
+"""Of what the class of a group has to be derived, by module and name: they take long to import."""
 
 
-def has_others(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration names a class that has no schema here."""
-    return any(not node["_target_"].startswith(SHIPPED) for _, node in _targets(config, ""))
+def named_in(config: Mapping[str, Any]) -> set[str]:
+    """The names of all classes in a configuration."""
+    return {node["_target_"] for _, node in _targets(config, "")}
 
 
 def refuse_targets(config: Mapping[str, Any]) -> None:
-    """Raise Refused where a class cannot be imported, or does not take what it would be given."""
+    """Raise Refused where a class cannot be imported, is of another kind than its place is for, or
+    does not take what it would be given. Calls none."""
     for key, node in _targets(config, ""):
         found = located(key, node["_target_"])
+        group, *inside = key.split(".")
+        if group in BASES and len(inside) == (group in ("callbacks", "logger")):
+            _refuse_other_kind(key, node["_target_"], found, *BASES[group])
         if key != "trainer":  # which is given more than its settings
             _refuse_arguments(key, node, found)
+
+
+def _refuse_other_kind(
+    key: str, target: str, found: Callable[..., Any], module: str, name: str
+) -> None:
+    """A function may make one, but not one of Python's own or torch's: those make none."""
+    if isinstance(found, type):
+        is_one = issubclass(found, getattr(import_module(module), name))
+    else:
+        is_one = target.partition(".")[0] not in (*sys.stdlib_module_names, "torch", "numpy")
+    if not is_one:
+        raise Refused(
+            f"{key}._target_ must be a {name}, got {target}; type {key}._target_=package.Class"
+        )
 
 
 def located(key: str, name: str) -> Callable[..., Any]:
@@ -33,7 +61,9 @@ def located(key: str, name: str) -> Callable[..., Any]:
     rule = f"{key}._target_ must be package.module.Class, got {name}"
     try:
         found = _found(name)
-    except Exception as error:  # of a module of the user's: anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of a module of the user's: anything, sys.exit too
         raise Refused(f"{rule}: {_origin(error)}") from error
     if not callable(found):
         is_module = isinstance(found, ModuleType)
@@ -71,12 +101,20 @@ def _targets(node: Any, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield from _targets(item, f"{key}[{index}]")
 
 
+HYDRAS = {"_args_": list, "_partial_": bool, "_recursive_": bool, "_convert_": str}
+"""Keys beside `_target_` that Hydra reads, and what they hold."""
+
+
 def _refuse_arguments(key: str, node: Mapping[str, Any], found: Callable[..., Any]) -> None:
+    for name, kind in HYDRAS.items():
+        if name in node and not isinstance(node[name], kind):
+            raise Refused(f"{key}.{name} must be a {kind.__name__}, got {node[name]}; leave it out")
     try:
-        parameters = inspect.signature(found).parameters
+        signature = inspect.signature(found)
     except (TypeError, ValueError):  # of a class written in C
         return
-    given = [str(name) for name in node if not (str(name)[0] == "_" and str(name)[-1] == "_")]
+    given = {str(name): value for name, value in node.items() if name not in (*HYDRAS, "_target_")}
+    parameters = signature.parameters
     takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values())
     named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     known = [name for name, p in parameters.items() if p.kind in named]
@@ -85,13 +123,20 @@ def _refuse_arguments(key: str, node: Mapping[str, Any], found: Callable[..., An
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {key}.{near[0]}?" if near else f"it takes {_list(known)}"
             raise Refused(f"{key}.{name} is not an argument of {node['_target_']}; {hint}")
-    if node.get("_partial_") or node.get("_args_"):
-        return
+    bind = signature.bind_partial if node.get("_partial_") else signature.bind
     for name in known:
-        if parameters[name].default is Parameter.empty and name not in given:
+        if (
+            bind == signature.bind
+            and parameters[name].default is Parameter.empty
+            and not (name in given or node.get("_args_"))
+        ):
             raise Refused(
                 f"{key}.{name} is required by {node['_target_']}; type +{key}.{name}=VALUE"
             )
+    try:
+        bind(*node.get("_args_", ()), **given)
+    except TypeError as error:
+        raise Refused(f"{key}: {error}, of {node['_target_']}; mend {key}._args_") from None
 
 
 def _list(names: list[str]) -> str:

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
+from app.cli import Parser
 from app.errors import Refused
 from app.process.files import why, write_atomically
 from app.report.curves import COLORS, Panel, draw, panels
@@ -80,11 +80,6 @@ def _caption(panel: Panel) -> str:
     return f"{words} The best {len(panel.lines)} of {total} rows."
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise Refused(f"{message}; type python -m app.report --help")
-
-
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """What was typed.
 
@@ -107,7 +102,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    found = _Parser(
+    found = Parser(
         prog="python -m app.report",
         description="Compares the runs in a folder: one row for all seeds of a configuration, the\n"
         "mean of a metric and its 95 % interval. Writes report.html, report.md, report.csv and\n"

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from app.cli import Parser
 from app.errors import Refused
 from app.launch.slurm_states import SLURM_JOB, refresh, result_in
 from app.process.files import why
@@ -26,15 +27,15 @@ from app.sweep.progress import counts, plain, table
 
 def main(arguments: list[str]) -> None:
     """What was typed after `python -m app.sweep`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m app.sweep",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("action", choices=ACTIONS)
     parser.add_argument("folder", type=Path, metavar="DIR", help="of the sweep")
-    typed = parser.parse_args(arguments)
     try:
+        typed = parser.parse_args(arguments)
         folder = SweepFolder(typed.folder)
         sweep = _sweep_in(folder)
         ACTIONS[typed.action](folder, sweep)

@@ -39,6 +39,9 @@ def read_tuned(path: Path) -> dict[str, Any]:
     overrides = (read_yaml(found) or {}).get("overrides")
     if not isinstance(overrides, dict):
         raise Unreadable(found, "it has no overrides")
+    for key, value in overrides.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise Unreadable(found, f"{key} holds {value!r:.60}, and a finder answers numbers")
     return {str(key): value for key, value in overrides.items()}
 
 
