@@ -7,12 +7,12 @@
 | tensorboard | files for TensorBoard                              |
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from omegaconf import MISSING
 
-from ..rules import folder, text
+from ..rules import RULE, Name, folder
 
 IN_THE_RUN = "type '{key}=${{run_dir}}'"
 
@@ -33,7 +33,7 @@ class TensorBoardLogger:
     _target_: str = "lightning.pytorch.loggers.TensorBoardLogger"
     save_dir: str = folder(instead=IN_THE_RUN)
     """Folder above the files."""
-    name: str = text(instead="type {key}=tensorboard")
+    name: str = field(default=MISSING, metadata={RULE: Name("type {key}=tensorboard")})
     """Folder of the files, below save_dir."""
     version: str = MISSING
     """Folder below name; empty = none."""
