@@ -1,5 +1,6 @@
 """Composed, checked configurations, runs of a few steps and waiting, for every test file."""
 
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,11 @@ from hypothesis import HealthCheck, settings
 from omegaconf import DictConfig, OmegaConf
 
 from app.config import check, refuse_values
+
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    # processes that tests start and signal would ignore them too, as under nohup or behind an &
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler)
 
 COMMON: Any = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 settings.register_profile("short", max_examples=100, derandomize=True, **COMMON)

@@ -120,10 +120,25 @@ VALUES = st.one_of(
 )
 
 
+PRESETS = {
+    group: {path.stem for path in (ROOT / group).glob("*.yaml")}
+    for group in (*conf.GROUPS, "experiment")
+}
+WRONG = sorted(
+    f"{group}={preset}"
+    for group, own in PRESETS.items()
+    for preset in set().union(*PRESETS.values()) - own
+)
+"""Every group with the presets of the others."""
+
+
 @st.composite
 def overrides(draw: Any, keys: list[tuple[tuple[str, ...], str]]) -> list[str]:
-    """One to three keys with values of any kind, some misspelt, added or taken away."""
+    """One to three keys with values of any kind, some misspelt, added or taken away; at times a
+    preset of another group."""
     typed: list[str] = []
+    if draw(st.integers(0, 9)) == 0:
+        typed.append(draw(st.sampled_from(WRONG)))
     for needs, key in draw(st.lists(st.sampled_from(keys), min_size=1, max_size=3)):
         typed += [word for word in needs if word not in typed]
         sign = draw(st.sampled_from(["", "", "", "", "", "", "+", "++", "~"]))

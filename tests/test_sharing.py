@@ -16,10 +16,12 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from conftest import refuse
 from theirs import LitModel
 from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
 
 from app.conf.sharing.schema import Mmap as MmapSchema
+from app.errors import Refused
 from app.random_state import random_state
 from app.sharing import Mmap, Packed, PackedList, Shared, modes, pack, store, unpack
 from app.sharing.needs import digest
@@ -802,12 +804,12 @@ def test_data_that_ask_for_their_rank_are_set_up_by_each_rank(cache: Path) -> No
             "sharing.min_items must be >= 1000, got 10; type sharing.min_items=1000, or null for "
             "no list",
         ),
-        ({"cache": ""}, "sharing.cache must be a folder, got ''; type sharing.cache=PATH"),
+        ({"cache": ""}, "sharing.cache must not be empty, got ''; type sharing.cache=PATH"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        MmapSchema(**{"cache": "runs/.data", **SETTINGS, **settings})
+    with pytest.raises(Refused, match=message):
+        refuse("sharing", MmapSchema(**{"cache": "runs/.data", **SETTINGS, **settings}))
 
 
 def test_an_empty_pack_has_no_memory() -> None:
