@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from app import cli
-from app.config import check
+from app.config import ALWAYS_ON, check, refuse_values
 from app.errors import Refused
 from app.folder import RunFolder
 from app.imports import importing
@@ -73,7 +75,33 @@ def overridden(config: Mapping[str, Any], words: Sequence[str]) -> DictConfig:
                 f"{key} must be {KINDS[kind]}, as {before!s:.60} is, got {value}; leave it out"
             )
         OmegaConf.update(found, key, value)
+    for group in dict.fromkeys(word.partition("=")[0].partition(".")[0] for word in words):
+        _refuse_out_of_range(group, found[group])
     return found
+
+
+def _refuse_out_of_range(group: str, chosen: Any) -> None:
+    """Raise Refused where a group of a run has a value that its schema, if it has one, refuses."""
+    if chosen is None and group in ALWAYS_ON:
+        raise Refused(f"{group} must not be null; leave it out")
+    schemas = ConfigStore.instance().repo["schema"]
+    target = chosen.get("_target_") if isinstance(chosen, DictConfig) else None
+    if target is None or group not in schemas:
+        return
+    schemas = schemas[group]
+    for node in (schemas[preset].node for preset in schemas):
+        if node.get("_target_") == target:
+            try:
+                typed = OmegaConf.create({group: OmegaConf.merge(node, chosen)})
+                refuse_values(typed)
+                OmegaConf.to_object(typed)
+            except Refused:
+                raise
+            except OmegaConfBaseException as error:
+                raise Refused(f"{group}.{cli.explain(error)}") from None
+            except ValueError as error:
+                raise Refused(str(error)) from None
+            return
 
 
 def checkpoint_path(folder: RunFolder, checkpoint: str) -> Path:
