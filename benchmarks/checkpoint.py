@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from side_by_side import cpu_seconds, in_turns, show
 
-from app.checkpoint import CheckpointFiles
 from app.process.intact import _damage
+from app.run.checkpoint import CheckpointFiles
 
 SIZES = {"60 tensors of 10 kB": (60, 2_500), "60 tensors of 4 MB": (60, 1_000_000)}
 ROUNDS = 15

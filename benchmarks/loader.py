@@ -8,7 +8,7 @@ import torch
 from side_by_side import cpu_seconds, in_turns, show
 from torch.utils.data import DataLoader, TensorDataset
 
-from app.data.memory import InMemoryLoader
+from app.data.in_memory import InMemoryLoader
 
 SHAPES = ((64,), (3, 32, 32), (1, 28, 28))
 NUM_SAMPLES = 8192

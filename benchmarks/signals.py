@@ -23,8 +23,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from side_by_side import show
 from step import BATCH, Model, bare
 
-from app.launch import signals
 from app.launch.local import run_local
+from app.run import signals
 
 ROUNDS = 90
 BLOCK = 200

@@ -30,13 +30,13 @@ from side_by_side import Contestant, in_turns, show
 from torch import Tensor
 
 from app.averaging import Ema
-from app.checkpoint import CheckpointFiles, Checkpoints
 from app.clip import NormClip
-from app.metrics import MetricsCsv, StepMetrics
 from app.models.mlp import Mlp
-from app.progress import EpochLines
-from app.resume import ExactResume, ResumableLoader
-from app.trainer import Trainer
+from app.run.checkpoint import CheckpointFiles, Checkpoints
+from app.run.metrics import MetricsCsv, StepMetrics
+from app.run.progress import EpochLines
+from app.run.resume import ExactResume, ResumableLoader
+from app.run.trainer import Trainer
 
 ROUNDS = 21
 WARM_UP, STEPS = 100, 500

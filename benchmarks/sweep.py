@@ -28,8 +28,8 @@ from hydra.types import RunMode
 from side_by_side import in_turns, show
 
 from app.cli import VERSION_BASE
-from app.launch.composing import Composer
 from app.launch.local import PRELOADED
+from app.sweep.composing import Composer
 
 NUM_JOBS = 16
 ROUNDS = 3
@@ -100,7 +100,7 @@ def composing(jobs: Sequence[list[str]], *, ours: bool) -> Callable[[], float]:
 
 
 def _import_all(sender: multiprocessing.connection.Connection) -> None:
-    import app.build  # noqa: F401
+    import app.run.build  # noqa: F401
 
     sender.send(True)
 

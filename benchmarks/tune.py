@@ -44,12 +44,11 @@ from side_by_side import Contestant, cpu_seconds, in_turns, show
 from step import bare
 from torch import Tensor, nn
 
-from app.build import build_model_and_data
 from app.config import check
 from app.optim import configure_optimizers
-from app.tuner.batch_size import Prober
+from app.run.build import build_model_and_data
 from app.tuner.lr import range_test
-from app.tuner.probe import release_memory
+from app.tuner.probe import Prober, release_memory
 from app.tuner.search import Mode, Trial, search_batch_size
 
 MB, GB = 2**20, 2**30

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from app.batch_size import accumulation_factor, data_parallel_size
-from app.launch import DDP, SINGLE
+from app.config import DDP, SINGLE
+from app.parallel.sizes import accumulation_factor, data_parallel_size
 
 from .rules import require_package
 

@@ -19,7 +19,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-import app.build
+import app.run.build
 import app.train  # noqa: F401
 
 KILL = "APP_TEST_KILL"

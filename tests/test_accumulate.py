@@ -28,17 +28,17 @@ from app.accumulate import (
     Window,
     count_steps,
 )
-from app.batch_size import accumulation_factor
-from app.build import build
-from app.checkpoint import CheckpointFiles
 from app.conf.accumulate.schema import By
 from app.conf.accumulate.schema import ConstantAccumulation as ConstantSchema
 from app.conf.accumulate.schema import EffectiveBatch as EffectiveSchema
 from app.conf.accumulate.schema import ScheduledAccumulation as ScheduledSchema
 from app.errors import Refused
-from app.metrics import MetricsCsv, StepMetrics, read_metrics
-from app.resume import ExactResume
-from app.trainer import Trainer
+from app.parallel.sizes import accumulation_factor
+from app.run.build import build
+from app.run.checkpoint import CheckpointFiles
+from app.run.metrics import MetricsCsv, StepMetrics, read_metrics
+from app.run.resume import ExactResume
+from app.run.trainer import Trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

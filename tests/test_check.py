@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from app.build import build
 from app.cli import REFUSALS, explain
 from app.errors import Refused
+from app.run.build import build
 
 KEYS = {
     ("clip.maxnorm=1",): "clip.maxnorm is not a key; did you mean clip.max_norm?",

@@ -15,8 +15,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from app.cli import VERSION_BASE, groups
-from app.launch import composing
-from app.launch.composing import Composer, is_same
+from app.sweep import composing
+from app.sweep.composing import Composer, is_same
 
 PRESETS = {group: presets for group, (presets, _) in groups().items()}
 ROUNDS = max(map(len, PRESETS.values()))

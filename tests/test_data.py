@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, TensorDataset
 
 from app.config import refuse_values
-from app.data.memory import InMemoryLoader, epoch_order
+from app.data.in_memory import InMemoryLoader, epoch_order
 from app.data.mnist1d import FILE
 from app.errors import Refused
 

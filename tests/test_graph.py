@@ -11,11 +11,11 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from app.build import build
 from app.config import refuse_values
 from app.data.graph import Csr, Graph, NeighbourLoader, block_model, csr, sample_neighbourhoods
-from app.data.memory import generator_of
+from app.data.in_memory import generator_of
 from app.models.graphsage import GraphSage, MeanAggregation
+from app.run.build import build
 
 TINY = ("data.num_nodes=400", "data.batch_size=32", "data.fanouts=[3,2]")
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import SMALL
 
-from app.build import build
-from app.checkpoint import CheckpointFiles, newest_intact
 from app.errors import Refused
 from app.process.files import replacing
+from app.run.build import build
+from app.run.checkpoint import CheckpointFiles, newest_intact
 
 NUM_FLIPS = int(os.environ.get("APP_TEST_FLIPS", "200"))
 FILES = CheckpointFiles()

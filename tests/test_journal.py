@@ -17,10 +17,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from app.errors import Refused
-from app.launch.slots import VISIBLE, Slots, find_slots
 from app.sweep.folder import SweepFolder, claim, hash_of
 from app.sweep.journal import Job, Journal
 from app.sweep.progress import Progress, duration, labels, table
+from app.sweep.slots import VISIBLE, Slots, find_slots
 
 WRITER = """
 import sys

@@ -16,10 +16,11 @@ import torch
 from conftest import wait_until
 from omegaconf import DictConfig
 
+from app.config import what_decides
 from app.errors import RankFailed, Refused
 from app.launch.local import run_local
-from app.launch.ranks import Ranks, ranks, started_elsewhere
 from app.launch.start import placed
+from app.process.ranks import Ranks, ranks, started_elsewhere
 
 HERE = Path(__file__).parent
 STARTS = ("forkserver", "spawn")
@@ -133,7 +134,7 @@ def test_what_the_first_rank_refuses_ends_all_and_is_told_once() -> None:
 
 def differ(config: dict[str, Any]) -> None:
     own = {**config, "clip": {"max_norm": float(ranks().rank)}}
-    ranks().refuse_different(own)
+    ranks().refuse_different(what_decides(own))
 
 
 def test_ranks_of_different_configurations_are_refused_by_key() -> None:

@@ -19,18 +19,20 @@ import yaml
 from test_report import write_run
 
 from app.errors import Refused, Unreadable
-from app.folder import RunFolder
-from app.launch import slurm, slurm_states
-from app.launch.slurm_states import SLURM_JOB, refresh
-from app.metrics import MetricsCsv, read_metrics
 from app.process import files
 from app.report import __main__ as report
 from app.report.tables import defused
-from app.study import STUDY, open_study, url
+from app.run.folder import RunFolder
+from app.run.metrics import MetricsCsv, read_metrics
+from app.run.states import SLURM_JOB
+from app.run.trials import STUDY, open_study, url
+from app.slurm import states as slurm_states
 from app.sweep import __main__ as sweep
+from app.sweep import cluster
 from app.sweep.folder import SweepFolder
 from app.sweep.journal import Job, Journal
 from app.sweep.progress import Progress
+from app.sweep.states import refresh
 
 TUNER = {"_target_": "app.tuner.Full"}
 CSV = "step,train_loss,val_acc\n0,1.5,0.1\n1,1.25,0.2\n2,1.0,0.3\n3,0.75,0.4\n"
@@ -662,7 +664,7 @@ def test_a_job_of_slurm_is_waited_for_though_its_result_is_torn(
 ) -> None:
     result = write_run(tmp_path / "0", status="running", result={SLURM_JOB: "7"}) / "result.json"
     job = Job(job=0, overrides=["seed=1"], folder="0")
-    waiting = slurm.Waiting({tmp_path / "0": job}, Progress([job]), "leave")
+    waiting = cluster.Waiting({tmp_path / "0": job}, Progress([job]), "leave")
     waiting._look(tmp_path / "0", job, {})
     result.write_text("{")
     assert waiting._ids() == ["7"]

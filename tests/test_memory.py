@@ -14,8 +14,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from app.averaging.twin import stand_in
-from app.build import build
 from app.memory import Checkpointing
+from app.run.build import build
 
 MESSAGES = {
     ("memory=checkpointing",): "memory.classes must name the blocks where memory.min_parameters "

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from omegaconf import OmegaConf
 
 from app.config import refuse_values
-from app.data.memory import InMemoryLoader
+from app.data.in_memory import InMemoryLoader
 
 CONF = Path(__file__).parents[1] / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "custom")

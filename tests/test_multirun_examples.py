@@ -22,14 +22,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from app.config import check
 from app.errors import Refused
-from app.folder import RunFolder
+from app.fit import objective
 from app.report.reading import read_runs
 from app.report.summary import summarize
-from app.study import PRUNED, STORAGE, open_study, url
-from app.study import STUDY as STUDY_NAME
+from app.run.folder import RunFolder
+from app.run.trials import PRUNED, STORAGE, open_study, url
 from app.sweep.__main__ import main as status
 from app.sweep.journal import Journal
-from app.train import objective
+from app.sweep.study import STUDY as STUDY_NAME
 
 EXAMPLES = Path(__file__).parents[1] / "multirun_examples"
 FILES = sorted(EXAMPLES.glob("*.yaml"))

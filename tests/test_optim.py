@@ -11,9 +11,9 @@ import torch
 from conftest import SMALL
 from torch import nn
 
-from app.build import build
 from app.errors import Refused
 from app.optim import AdamW8bit
+from app.run.build import build
 
 SETTINGS = {"lr": 0.01, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.1,
             "min_8bit_size": 16}  # fmt: skip

@@ -11,9 +11,9 @@ import torch
 from conftest import SMALL
 
 from app import conf
-from app.build import build
 from app.config import check
 from app.errors import Refused
+from app.run.build import build
 
 TECHNIQUES = ("accumulate", "clip", "averaging")
 OTHERS = ("optimizer", "scheduler", "precision", "model")

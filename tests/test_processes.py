@@ -15,7 +15,7 @@ import torch
 from conftest import wait_until
 from omegaconf import DictConfig
 
-from app.train import run
+from app.fit import run
 
 HERE = Path(__file__).parent
 SMALL = ("trainer.accelerator=cpu", "trainer.limit_train_batches=4", "trainer.max_epochs=2",

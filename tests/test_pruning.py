@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 
 from app.config import check
 from app.errors import Refused
-from app.study import PRUNED, STORAGE, STUDY, open_study, url
-from app.train import pruning_of, run
+from app.fit import pruning_of, run
+from app.run.trials import PRUNED, STORAGE, STUDY, open_study, url
 
 pytestmark = [
     pytest.mark.skipif(find_spec("optuna") is None, reason="needs pip install 'app[optuna]'"),

@@ -18,7 +18,7 @@ import torch
 from conftest import wait_until
 from test_processes import checkpoint, command, environment, processes_of
 
-from app.folder import RunFolder
+from app.run.folder import RunFolder
 from app.sweep.journal import Job, Journal
 
 EXAMPLES = Path(__file__).parents[1] / "multirun_examples"

@@ -23,7 +23,6 @@ from hydra import compose, initialize_config_module
 from matplotlib.image import imread
 
 from app.errors import Refused
-from app.folder import RunFolder
 from app.report import __main__ as report_command
 from app.report.configurations import columns, configurations
 from app.report.curves import averaged, read_curves
@@ -34,6 +33,7 @@ from app.report.states import KILLED, true_state
 from app.report.statistics import estimate, t_quantile
 from app.report.summary import Report, summarize
 from app.report.tables import error_line, escaped, markdown, terminal
+from app.run.folder import RunFolder
 from app.sweep.folder import SweepFolder
 from app.sweep.journal import Job, Journal
 from app.train import run as train_run
@@ -347,7 +347,7 @@ def test_a_configuration_is_compared_with_the_one_of_the_most_runs(tmp_path: Pat
 def held(path: Path) -> Iterator[None]:
     """Another process holds the run's folder."""
     code = (
-        "import sys, pathlib; from app.folder import RunFolder\n"
+        "import sys, pathlib; from app.run.folder import RunFolder\n"
         f"with RunFolder(pathlib.Path({str(path)!r})).locked(): print('held', flush=True); input()"
     )
     process = subprocess.Popen(

@@ -15,8 +15,8 @@ import pytest
 import torch
 from conftest import SMALL
 
-from app.build import Run, build
-from app.checkpoint import newest_intact
+from app.run.build import Run, build
+from app.run.checkpoint import newest_intact
 
 THEIRS = ("model=custom", "model._target_=theirs.LitModel", "data=custom",
           "data._target_=theirs.LitData", "optimizer=none", "trainer.max_epochs=3", "logger=csv",

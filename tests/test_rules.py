@@ -9,9 +9,9 @@ from conftest import SMALL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
-from app.build import Run, build
 from app.config import check
 from app.errors import Refused
+from app.run.build import Run, build
 
 
 def learning_rates(run: Run) -> set[float]:

@@ -7,8 +7,8 @@ import torch
 from theirs import Noisy, Stream
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
-from app.data.memory import InMemoryLoader
-from app.shares import (
+from app.data.in_memory import InMemoryLoader
+from app.parallel.split import (
     Share,
     SharedSampler,
     evaluation_part,

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
 
 from app.conf.sharing.schema import Mmap as MmapSchema
 from app.errors import Refused
-from app.random_state import random_state
+from app.process.random_state import random_state
 from app.sharing import Mmap, Packed, PackedList, Shared, modes, pack, store, unpack
 from app.sharing.needs import digest
 from app.sharing.packing import Plan

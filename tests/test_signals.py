@@ -12,10 +12,10 @@ import pytest
 import torch
 from test_resume import CASES
 
-from app.build import Run, build
-from app.checkpoint import newest_intact
-from app.launch.asked import asked
-from app.launch.signals import StopsOnSignal
+from app.process.asked import asked
+from app.run.build import Run, build
+from app.run.checkpoint import newest_intact
+from app.run.signals import StopsOnSignal
 
 VALIDATED = ("trainer.limit_val_batches=3", "data.eval_batch_size=8")
 HOOKS = ("on_train_batch_start", "on_validation_batch_start", "on_validation_end",

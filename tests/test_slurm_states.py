@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from app.launch.slurm_states import GONE, SLURM_JOB, UNKNOWN, state_of
+from app.run.states import SLURM_JOB
+from app.slurm.states import GONE, UNKNOWN, state_of
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from conftest import wait_until
 from omegaconf import DictConfig
 from test_processes import checkpoint, environment
 
-from app.launch.ranks import Ranks
-from app.train import run
+from app.fit import run
+from app.process.ranks import Ranks
 
 LOOPBACK = {"127.0.0.1", "::1"}
 LISTENS = "0A"
@@ -255,7 +255,7 @@ def test_what_ranks_tell_each_other_is_read_as_plain_values(tmp_path: Path) -> N
 
 MEETS = """
 import time
-from app.launch.ranks import ranks
+from app.process.ranks import ranks
 print(ranks().gathered(ranks().rank), flush=True)
 time.sleep(600)
 """

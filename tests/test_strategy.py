@@ -16,12 +16,12 @@ import torch
 from conftest import SMALL
 from omegaconf import DictConfig, OmegaConf
 
-from app.build import build
 from app.config import check
 from app.errors import Refused
 from app.launch.local import run_local
-from app.launch.ranks import ranks
 from app.matrix import NEEDED, ON_CPU, composed, matrix, presets, refusals
+from app.process.ranks import ranks
+from app.run.build import build
 from app.tuner.keys import with_overrides
 
 STRATEGIES = ("ddp", "fsdp", "fsdp2", "tp_fsdp2")

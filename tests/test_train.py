@@ -16,11 +16,12 @@ import torch
 from conftest import SMALL
 from lightning.pytorch import Callback
 
-from app.checkpoint import CheckpointFiles
+from app.config import config_hash
 from app.errors import Refused
-from app.folder import RunFolder, config_hash
-from app.train import train
-from app.trainer import Trainer
+from app.fit import train
+from app.run.checkpoint import CheckpointFiles
+from app.run.folder import RunFolder
+from app.run.trainer import Trainer
 
 HERE = Path(__file__).parent
 

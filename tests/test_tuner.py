@@ -15,16 +15,15 @@ from lightning.pytorch import Callback
 from omegaconf import DictConfig, OmegaConf
 from theirs import LitData, LitModel, TwoOptimizers
 
-from app.build import build
 from app.config import check
 from app.errors import Refused
-from app.launch.asked import asked
+from app.process.asked import asked
+from app.run.build import build
 from app.tuner.answers import cache_key, read_tuned
-from app.tuner.batch_size import longest_first
 from app.tuner.find import find, num_samples
 from app.tuner.keys import startable, with_overrides
 from app.tuner.lr import range_test
-from app.tuner.probe import is_out_of_memory, throwaway
+from app.tuner.probe import is_out_of_memory, longest_first, throwaway
 
 THEIRS = ("model=custom", "model._target_=theirs.LitModel", "data=custom",
           "data._target_=theirs.LitData", "optimizer=none", "trainer.max_epochs=2", "logger=csv",

@@ -30,7 +30,7 @@ class Mode(str, Enum):
 class Checkpoints:
     """Keep the best checkpoint, the last one, and the one before the last."""
 
-    _target_: str = "app.checkpoint.Checkpoints"
+    _target_: str = "app.run.checkpoint.Checkpoints"
     dirpath: str = folder(instead="type '{key}=${{run_dir}}/checkpoints'")
     """Folder of the checkpoints."""
     monitor: str | None = text(instead="to keep no best one type {key}=null")
@@ -62,7 +62,7 @@ class EarlyStopping:
 class Progress:
     """A line per epoch, and in a terminal a bar below."""
 
-    _target_: str = "app.progress.progress"
+    _target_: str = "app.run.progress.progress"
     refresh_every_n_batches: int = count(instead="type {key}=20")
     """How often the bar is drawn, >= 1."""
 

@@ -21,7 +21,7 @@ IN_THE_RUN = "type '{key}=${{run_dir}}'"
 class MetricsCsv:
     """A line per logged optimizer step."""
 
-    _target_: str = "app.metrics.MetricsCsv"
+    _target_: str = "app.run.metrics.MetricsCsv"
     save_dir: str = folder(instead=IN_THE_RUN)
     """Folder of the file."""
 

@@ -25,7 +25,7 @@ class Accelerator(str, Enum):
 class Trainer:
     """Limits, device and intervals of one run."""
 
-    _target_: str = "app.trainer.Trainer"
+    _target_: str = "app.run.trainer.Trainer"
     max_epochs: int | None = number(above=0, at_most=MANY, instead=NO_LIMIT)
     """Epochs, >= 1; null = no limit."""
     max_steps: int | None = number(above=0, at_most=MANY, instead=NO_LIMIT)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from app.batch_size import accumulation_factor
 from app.errors import Refused
-from app.sharded import Fsdp, placed_like
-from app.shares import mean_over_ranks, micro_batch_size, share_of
+from app.parallel.sharded import Fsdp, placed_like
+from app.parallel.sizes import accumulation_factor
+from app.parallel.split import mean_over_ranks, micro_batch_size, share_of
 
 
 def scheduled_factor(factors: Mapping[int, int], position: int) -> int:

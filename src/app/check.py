@@ -5,33 +5,15 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
 from app import cli
-from app.config import check
-from app.imports import importing
+from app.config import check, describe
+from app.fit import built
 from app.process.targets import named_in
 from app.tuner.answers import read_tuned
 from app.tuner.keys import with_overrides
-
-
-def describe(config: dict[str, Any]) -> list[tuple[str, str]]:
-    """A row per group that is on: its name, and its class with its settings."""
-    rows = []
-    for group, chosen in config.items():
-        if not isinstance(chosen, dict) or group in ("logger", "callbacks", "trainer", "tuner"):
-            continue
-        settings = {
-            key: value
-            for key, value in chosen.items()
-            if not key.startswith("_") and value is not None
-        }
-        kind = str(chosen.get("_target_", "")).rpartition(".")[2]
-        values = " ".join(f"{key}={value}" for key, value in settings.items())
-        rows.append((group, f"{kind} {values}".strip()))
-    return rows
 
 
 def main(cfg: DictConfig) -> None:
@@ -43,9 +25,7 @@ def main(cfg: DictConfig) -> None:
     if config["tuned"] is not None:
         config = check(with_overrides(cfg, read_tuned(Path(config["tuned"]))))
     if named_in(config) - cli.shipped_targets():
-        with importing():
-            from app.build import build
-        build(config, [])
+        built(config, [])
     for name, text in describe(config):
         print(f"{name:<12}{text}")
     print("ok")

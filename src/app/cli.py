@@ -105,7 +105,7 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
         print(f"{config_name}: {line}", file=sys.stderr)
     exit_code = exit_code or (1 if guarded.failed else 2 if guarded.refused else 0)
     if guarded.has_begun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from app.launch.local import leave
+        from app.process.ending import leave
 
         leave(exit_code)  # torch's threads can abort a rank that ends in the usual way
     if exit_code:

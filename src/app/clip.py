@@ -24,7 +24,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from app.errors import Refused
-from app.sharded import Sharded, Spread
+from app.parallel.sharded import Sharded, Spread
 
 Measured = tuple[float, Callable[[], None] | None]
 """The gradient norm, and what clips in place; None where nothing is over its bound."""

@@ -1,8 +1,10 @@
 """The checked configuration: every key, value and combination of it allowed. Needs no torch."""
 
+import hashlib
+import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
@@ -18,6 +20,15 @@ OF_ONE_CLASS = ("optimizer", "scheduler", "accumulate", "clip", "averaging", "sh
 
 
 ALWAYS_ON = ("model", "data", "trainer", "strategy", "precision")
+
+SINGLE = "app.strategy.single"
+DDP = "app.strategy.ddp"
+"""The strategies, by `_target_`, in which a rank holds a whole model."""
+
+OF_THE_COMMAND = ("name", "resume", "run_dir", "tuned", "fit", "launch", "objective", "direction",
+                  "sweep")  # fmt: skip
+"""Keys and groups that may differ between two commands of the same run."""
+
 
 TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
@@ -168,3 +179,61 @@ def _scalars(node: Any, key: str) -> Iterator[tuple[str, Any]]:
             yield from _scalars(item, f"{key}[{index}]")
     else:
         yield key, node
+
+
+def is_slurm(launch: object) -> bool:
+    """Whether what `launch` says is that SLURM starts the run: the preset or its schema."""
+    return hasattr(launch, "max_requeues")
+
+
+def max_requeues(launch: Any) -> int | None:
+    """How often SLURM may run a run's job again; None where this is not said."""
+    return int(launch.max_requeues) if is_slurm(launch) else None
+
+
+def what_decides(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys and values that decide what a run trains, wherever its folder is."""
+    return _flat({k: value for k, value in movable(config).items() if k not in OF_THE_COMMAND})
+
+
+def movable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved configuration that says of no path where the folder of its run is."""
+    found: dict[str, Any] = _replaced(config, config["run_dir"], "${run_dir}")
+    return found
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _replaced(item, old, new) for key, item in value.items()}
+    return value.replace(old, new) if isinstance(value, str) else value
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        nested = isinstance(value, Mapping) and value
+        found |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return found
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Of what decides a run: equal where two commands train the same."""
+    text = json.dumps(what_decides(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def describe(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """A row per group that is on: its name, and its class with its settings."""
+    rows = []
+    for group, chosen in config.items():
+        if not isinstance(chosen, dict) or group in ("logger", "callbacks", "trainer", "tuner"):
+            continue
+        settings = {
+            key: value
+            for key, value in chosen.items()
+            if not key.startswith("_") and value is not None
+        }
+        kind = str(chosen.get("_target_", "")).rpartition(".")[2]
+        values = " ".join(f"{key}={value}" for key, value in settings.items())
+        rows.append((group, f"{kind} {values}".strip()))
+    return rows

@@ -35,5 +35,15 @@ class RankFailed(RuntimeError):  # noqa: N818  # reads as the sentence it is
         self.error = error
 
 
+def ended_from_outside(rank: int) -> RankFailed:
+    """What to say of a rank that has said nothing."""
+    error = f"rank {rank} was ended from outside"
+    details = (
+        f"{error}; was memory short? The other ranks were ended. To go on from the last checkpoint "
+        "type the same command with the same name="
+    )
+    return RankFailed(rank=rank, error=error, details=details)
+
+
 class JobsFailed(RuntimeError):  # noqa: N818  # reads as the sentence it is
     """Some jobs of a sweep came to nothing; the text lists them."""

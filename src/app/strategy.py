@@ -5,7 +5,7 @@ from datetime import timedelta
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 from app.errors import Refused
-from app.sharded import Blocks, Fsdp, Fsdp2
+from app.parallel.sharded import Blocks, Fsdp, Fsdp2
 
 SHARDING = {"full": "FULL_SHARD", "gradients": "SHARD_GRAD_OP", "hybrid": "HYBRID_SHARD"}
 """What FSDP shards, in torch's words."""

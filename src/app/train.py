@@ -1,30 +1,16 @@
 """Trains one run: `python -m app.train averaging=ema clip=value`."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from app import cli
-from app.config import check, folders
+from app.config import is_slurm
 from app.errors import Refused
-from app.folder import ENDED, RunFolder, refuse_unwritable
-from app.imports import importing
-from app.launch import is_slurm
-from app.launch.asked import asked
-from app.launch.ranks import ranks, started_elsewhere
-from app.launch.requeue import heeding
-from app.launch.start import placed, run_ranks
-from app.tuner.answers import recalled
-from app.tuner.keys import startable, with_overrides
-
-if TYPE_CHECKING:
-    from app.pruning import PrunesTrial
+from app.fit import objective, run
+from app.run.folder import RunFolder
 
 
 def main(cfg: DictConfig) -> float | None:
@@ -44,205 +30,11 @@ def main(cfg: DictConfig) -> float | None:
         )
     typed = list(hydra.overrides.task)
     if is_slurm(cfg.launch):
-        from app.launch.slurm import submit_run
+        from app.sweep.cluster import submit_run
 
         return submit_run(cfg, typed)
     result = run(cfg, typed=typed)
     return None if result is None else objective(cfg.objective, result["metrics"])
-
-
-def objective(name: str | None, metrics: Mapping[str, float]) -> float | None:
-    """The metric of this name; None where no name is given.
-
-    Raises Refused where the run has no such metric.
-    """
-    if name is None:
-        return None
-    if name not in metrics:
-        raise Refused(
-            f"objective must be one of {', '.join(sorted(metrics))}, the metrics of the run, got "
-            f"{name}; type objective={_nearest(name, metrics)}"
-        )
-    return metrics[name]
-
-
-def _nearest(name: str, metrics: Iterable[str]) -> str:
-    return next(iter(get_close_matches(name, sorted(metrics), n=1, cutoff=0)), "null")
-
-
-def run(cfg: DictConfig, *, typed: Sequence[str]) -> dict[str, Any] | None:
-    """Train a composed configuration, in as many processes as it asks for.
-
-    Returns the content of result.json; None where the run ended after the finders. From a notebook
-    or a script: compose with `name` and `run_dir`, `typed` is what to note in overrides.yaml.
-
-    Raises:
-        Refused: where the configuration is not allowed, or its folder holds another run.
-        RankFailed: where one of several processes failed.
-        SystemExit: where it was asked to stop: 128 and the signal.
-    """
-    with heeding(cfg):
-        return _run(cfg, list(typed))
-
-
-def _run(cfg: DictConfig, typed: list[str]) -> dict[str, Any] | None:
-    try:
-        check(startable(cfg))
-        if cfg.launch is not None and not is_slurm(cfg.launch):
-            raise Refused(
-                "launch=local runs the jobs of a sweep, and this is one run; type -m as well, or "
-                "launch=none"
-            )
-        cfg = startable(placed(cfg))
-        config = check(cfg)
-    except ValueError:
-        RunFolder(Path(cfg.run_dir)).remove_if_empty()
-        raise
-    folder = RunFolder(Path(config["run_dir"]))
-    everyone = ranks()
-    with ExitStack() as stack:
-
-        def prepared() -> dict[str, Any]:
-            stack.enter_context(folder.locked())
-            return prepare(cfg, folder)
-
-        found = everyone.first(prepared)
-        if found["result"] is not None:
-            if everyone.is_first:
-                status = found["result"]["status"]
-                print(f"{folder.path} is {status}; see {folder.result_path}")
-            return dict(found["result"])
-        if started_elsewhere() or config["trainer"]["devices"] == 1:
-            return work(cfg, found["tuned"], typed)
-        result: dict[str, Any] | None = run_ranks(work, cfg, found["tuned"], typed)
-        return result
-
-
-def prepare(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
-    """The result of a run that is finished, and the overrides that an earlier search found.
-
-    Raises Refused where the folder holds another run.
-    """
-    config = check(cfg)
-    folder.refuse_shared()
-    refuse_unwritable(folders(cfg))
-    if config["resume"] == "never":
-        folder.move_aside()
-    folder.forget_torn()
-    tuned = recalled(config, folder)
-    if tuned is not None:
-        config = check(with_overrides(cfg, tuned))
-    folder.refuse_changes(config)
-    result = folder.read_result()
-    has_ended = result is not None and result["status"] in ENDED
-    return {"result": result if has_ended else None, "tuned": tuned}
-
-
-def work(
-    cfg: DictConfig, tuned: Mapping[str, Any] | None, typed: list[str]
-) -> dict[str, Any] | None:
-    """What each rank does: search, if that has not been done, then fit and test."""
-    with heeding(cfg):
-        try:
-            return search_and_train(cfg, tuned, typed)
-        except BaseException:
-            if asked.first is None:
-                ranks().tell_failure()
-            raise
-
-
-def search_and_train(
-    cfg: DictConfig, tuned: Mapping[str, Any] | None, typed: list[str]
-) -> dict[str, Any] | None:
-    """Search, if that has not been done, then fit and test."""
-    folder = RunFolder(Path(cfg.run_dir))
-    if tuned is not None:
-        cfg = with_overrides(cfg, tuned)
-    elif cfg.tuner is not None:
-        with importing():
-            from app.tuner.find import find
-        cfg = with_overrides(cfg, find(cfg, folder.path))
-    config = check(cfg)
-    ranks().refuse_different(config)
-    if not config["fit"]:
-        return None
-    if ranks().is_first:
-        folder.write_config(config, typed)
-    return train(config, folder)
-
-
-def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
-    """Fit and test; returns the content of result.json, which is written also on a failure."""
-    with importing():
-        from app.build import build, seed_all
-        from app.checkpoint import newest_intact
-        from app.launch.signals import StopsOnSignal
-        from app.progress import StartTable
-        from app.record import Record, draw_curves
-    is_first = ranks().is_first
-    before = folder.read_result() or {}
-    record = Record(config, folder, writes=is_first)
-    with record.kept():
-        with record.phase("build"):
-            start = StartTable(config)
-            pruning = pruning_of(config)
-            run = build(config, [start, *pruning, StopsOnSignal()])
-        checkpoint = ranks().first(lambda: str(newest_intact(folder.checkpoints) or "")) or None
-        if checkpoint is not None and is_first:
-            print(f"continuing from {checkpoint}", flush=True)
-        with record.phase("fit"):
-            try:
-                run.trainer.fit(run.model, datamodule=run.data, ckpt_path=checkpoint)
-            except (KeyboardInterrupt, SystemExit, RuntimeError) as stop:
-                if asked.first is None:
-                    raise  # nobody asked: not the end of a rank that left before this one
-                raise SystemExit(asked.exit_code) from stop  # Lightning's is another
-            asked.release()
-        record.content |= {
-            "metrics": run.metrics(),
-            "optimizer_steps": run.trainer.global_step,
-            "epochs": run.trainer.current_epoch,
-            "batch": start.batch or before.get("batch", {}),  # no step was left to make
-            "checkpoints": run.checkpoints(),
-        }
-        record.write()  # what is known now is not measured again where the test is cut
-        is_pruned = any(callback.has_pruned for callback in pruning)
-        if is_pruned:
-            record.outcome = "pruned"
-        elif config["test"] != "none" and run.has_test():
-            path = record.content["checkpoints"][config["test"]]
-            with record.phase("test"):
-                seed_all(config)
-                metrics = run.trainer.test(
-                    run.model, datamodule=run.data, ckpt_path=path, verbose=False
-                )
-            for name, value in (item for part in metrics for item in part.items()):
-                record.content["metrics"][name] = value
-        if is_first:
-            with record.phase("curves"):
-                try:
-                    draw_curves(folder.path / "metrics.csv", folder.path / "curves.png")
-                except OSError as error:  # a picture does not fail a run
-                    print(f"no curves are drawn: {error}")
-    if is_first:
-        text = "  ".join(f"{k} {v:.4g}" for k, v in sorted(record.content["metrics"].items()))
-        print(f"{record.outcome}  {text}\n{folder.result_path}")
-    return record.content
-
-
-def pruning_of(config: Mapping[str, Any]) -> "list[PrunesTrial]":
-    """What ends a trial of a study early; empty where the run is none."""
-    sweep = config["sweep"]
-    if sweep is None or sweep["trial"] is None or sweep["pruner"] == "none":
-        return []
-    from app.pruning import PrunesTrial
-    from app.study import may_be_reported
-
-    if not may_be_reported(config["objective"]):
-        return []  # as the study has said
-    names = ("trial", "pruner", "prune_after_trials", "prune_after_epochs")
-    chosen = {name: sweep[name] for name in names}
-    return [PrunesTrial(run_dir=config["run_dir"], objective=config["objective"], **chosen)]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ class Queue(Launcher):
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         """Hold the folder of the sweep."""
-        from app.launch.queue import Queue
+        from app.sweep.queue import Queue
 
         self._queue = Queue(loader=hydra_context.config_loader, task=task_function, config=config)
 

@@ -18,7 +18,7 @@ class Slurm(Launcher):
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         """Hold the folder of the sweep."""
-        from app.launch.slurm import Cluster
+        from app.sweep.cluster import Cluster
 
         self._cluster = Cluster(
             loader=hydra_context.config_loader, task=task_function, config=config

@@ -20,7 +20,7 @@ class Study(Sweeper):
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         """Hold the folder of the study."""
-        from app.study import Study
+        from app.sweep.study import Study
 
         self._study = Study(params=self._params, config=config)
         self._study.setup(hydra_context=hydra_context, task_function=task_function)

@@ -25,7 +25,7 @@ from app.averaging.twin import (
     stand_in,
 )
 from app.errors import Refused
-from app.sharded import Sharded
+from app.parallel.sharded import Sharded
 
 RAW = "raw_weights"
 WIDE = "averaged_weights_float32"

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
 from app.errors import Refused
-from app.shares import mean_over_ranks
+from app.parallel.split import mean_over_ranks
 
 STATISTICS = ("running_mean", "running_var")
 

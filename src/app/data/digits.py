@@ -2,9 +2,8 @@
 
 import torch
 
+from app.data.in_memory import InMemoryData, Splits
 from app.errors import Refused
-
-from .memory import InMemoryData, Splits
 
 
 class Digits(InMemoryData):

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from .memory import InMemoryLoader, generator_of
+from app.data.in_memory import InMemoryLoader, generator_of
 
 Integers = npt.NDArray[np.int64]
 

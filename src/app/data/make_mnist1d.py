@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .mnist1d import FILE
+from app.data.mnist1d import FILE
 
 NUM_SAMPLES = {"train": 4_000, "val": 1_000, "test": 10_000}
 SEED = 42

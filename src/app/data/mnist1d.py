@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .memory import InMemoryData, Splits
+from app.data.in_memory import InMemoryData, Splits
 
 FILE = Path(__file__).with_name("mnist1d.npz")
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.cli import explain, is_told_in_a_line
-from app.errors import RankFailed
 
 LOST_PEER = ("by peer", "broken pipe", "connection refused", "connection was closed", "nccl",
              "gloo", "remote process", "ended from outside")  # fmt: skip
@@ -42,16 +41,6 @@ def failure_of(error: BaseException, rank: int) -> Failure:
         is_of_a_lost_peer=isinstance(error, RuntimeError)
         and any(words in text.lower() for words in LOST_PEER),
     )
-
-
-def ended_from_outside(rank: int) -> RankFailed:
-    """What to say of a rank that has said nothing."""
-    error = f"rank {rank} was ended from outside"
-    details = (
-        f"{error}; was memory short? The other ranks were ended. To go on from the last checkpoint "
-        "type the same command with the same name="
-    )
-    return RankFailed(rank=rank, error=error, details=details)
 
 
 def first_of(failures: Sequence[Failure]) -> Failure:

@@ -7,13 +7,11 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 from types import FrameType
@@ -21,16 +19,14 @@ from typing import Any
 
 from app.errors import RankFailed, Refused
 from app.launch.failures import HEAD_START_S, Failure, failure_of, first_of
-from app.launch.ranks import LOOPBACK, keep_to_loopback, store_at
+from app.process.ending import GRACE_S, end_in_time, leave
 from app.process.files import write_atomically
+from app.process.ranks import LOOPBACK, keep_to_loopback, store_at
 
 PRELOADED = ["app.launch.preloaded"]
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1,
              signal.SIGUSR2)  # fmt: skip
-
-GRACE_S = 10.0
-"""How long a rank may take to end after SIGTERM."""
 
 KILL_AFTER_S = GRACE_S + 2.0
 """How long ranks may take to stop before they are killed."""
@@ -194,49 +190,6 @@ def _work(
         if failure.is_of_a_lost_peer:
             time.sleep(HEAD_START_S)
         leave(failure.exit_code or 1)
-
-
-def end_in_time(*, grace_s: float) -> None:
-    """End this process with the one that started it, however that ends, and soon after SIGTERM.
-
-    A thread sees to it: the main one may wait for a peer that is gone. Else this process is like
-    one that was typed: Ctrl-C interrupts it, and it starts others the way its system does.
-
-    Args:
-        grace_s: seconds that the main thread has after SIGTERM.
-    """
-    starter = multiprocessing.parent_process()
-    assert starter is not None
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-
-    def watch() -> None:
-        signalled = False
-        while not signalled:
-            ready = connection.wait([starter.sentinel, reader])
-            if starter.sentinel in ready:
-                leave(1)
-            signalled = signal.SIGTERM in os.read(reader, 64)
-        time.sleep(grace_s)
-        leave(128 + signal.SIGTERM)
-
-    # a handler, or the signal ends the process at once; Lightning sets its own in a fit
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
-    # or each of a DataLoader's workers would be forked from a server of its own, without torch
-    multiprocessing.set_start_method(None, force=True)
-    os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))  # not ours to hear
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def leave(exit_code: int) -> None:
-    """Exit without waiting for any thread, and take the DataLoader's workers along."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
 
 
 def _set_up_logging(rank: int, config: Mapping[str, Any] | None) -> None:

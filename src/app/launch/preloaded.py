@@ -7,9 +7,9 @@ the others ended.
 
 import signal
 
-from app.imports import importing
+from app.process.imports import importing
 
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_IGN)
 with importing():
-    import app.build  # noqa: F401
+    import app.run.build  # noqa: F401

@@ -8,12 +8,11 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from app.config import check
+from app.config import SINGLE, check
 from app.errors import RankFailed, Refused
-from app.folder import RunFolder
-from app.imports import importing
-from app.launch import SINGLE
-from app.launch.ranks import num_slurm_tasks, ranks, started_elsewhere
+from app.process.imports import importing
+from app.process.ranks import num_slurm_tasks, ranks, started_elsewhere
+from app.run.folder import RunFolder
 from app.tuner.keys import startable, with_overrides
 
 
@@ -49,8 +48,8 @@ def run_ranks(work: Callable[..., Any], cfg: DictConfig, *arguments: Any) -> Any
     A failure is in result.json, also that of a rank that was killed.
     """
     with importing():
-        from app.build import collect_shared_data
         from app.launch.local import run_local
+        from app.run.build import collect_shared_data
     packs = collect_shared_data(check(cfg), num_processes=cfg.trainer.devices)
     folder = RunFolder(Path(cfg.run_dir))
     try:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .classifier import Classifier
+from app.models.classifier import Classifier
 
 
 class MeanAggregation(nn.Module):

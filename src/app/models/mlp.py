@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .classifier import Classifier
+from app.models.classifier import Classifier
 
 
 class Mlp(Classifier):

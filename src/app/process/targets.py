@@ -20,7 +20,7 @@ BASES = {
     "accumulate": ("lightning.pytorch", "Callback"),
     "clip": ("lightning.pytorch", "Callback"),
     "averaging": ("lightning.pytorch", "Callback"),
-    "trainer": ("app.trainer", "Trainer"),
+    "trainer": ("app.run.trainer", "Trainer"),
 }
 """Of what the class of a group has to be derived, by module and name: they take long to import."""
 

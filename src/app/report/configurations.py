@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from app.cli import groups
+from app.config import what_decides
 from app.errors import Refused
-from app.folder import what_decides
 from app.report.reading import Run
 
 FACTS = ("seed", "logger", "callbacks.progress", "sharing.cache", "tuner.cache")

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from app.errors import Refused, Unreadable
-from app.folder import CONFIG, ENDED, RunFolder, refuse_other_shape
-from app.launch.slurm_states import SLURM_JOB, state_of, states
 from app.process.files import is_locked, read_yaml, read_yaml_list, why
 from app.report.states import true_state
+from app.run.folder import CONFIG, RunFolder, refuse_other_shape
+from app.run.states import ENDED, SLURM_JOB, UNREADABLE
+from app.slurm.states import state_of, states
 from app.sweep.folder import SweepFolder
 from app.sweep.journal import NAME as JOURNAL
-from app.sweep.journal import UNREADABLE, Job
+from app.sweep.journal import Job
 from app.sweep.progress import plain
 
 NOT_RUNS = ("checkpoints", "tensorboard")

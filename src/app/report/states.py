@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from app.folder import ENDED as DONE
-from app.sweep.journal import UNREADABLE, Job
+from app.run.states import ENDED as DONE
+from app.run.states import UNREADABLE
+from app.sweep.journal import Job
 
 KILLED = "ended without a word: killed"
 ENDED = ("failed", "interrupted", "cancelled")

@@ -20,7 +20,7 @@ from app.report.metric import Metric, choose_metric
 from app.report.numbers import shortened
 from app.report.reading import Found, Run
 from app.report.statistics import Estimate, estimate, mean_of
-from app.sweep.journal import UNREADABLE
+from app.run.states import UNREADABLE
 
 PROBLEMS = ("failed", "interrupted", "cancelled", "missing", UNREADABLE)
 

@@ -15,7 +15,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from app.random_state import random_state, set_random_state
+from app.process.random_state import random_state, set_random_state
 from app.sharing.needs import (
     NeedsTrainer,
     Watch,

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from app.random_state import random_state
+from app.process.random_state import random_state
 from app.sharing import packed_list, packing
 from app.sharing.packing import UNPICKLABLE, by_value, function_of
 from app.sharing.regions import extent, is_plain, place_of, tensor_extent

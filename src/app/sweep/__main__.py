@@ -17,12 +17,14 @@ from pathlib import Path
 
 from app.cli import Parser
 from app.errors import Refused
-from app.launch.slurm_states import SLURM_JOB, refresh, result_in
 from app.process.files import why
-from app.study import STORAGE
+from app.run.folder import result_in
+from app.run.states import SLURM_JOB, UNREADABLE
+from app.run.trials import STORAGE
 from app.sweep.folder import SweepFolder, job_event, quoted
-from app.sweep.journal import NAME, UNREADABLE, Job, Sweep
+from app.sweep.journal import NAME, Job, Sweep
 from app.sweep.progress import counts, plain, table
+from app.sweep.states import refresh
 
 
 def main(arguments: list[str]) -> None:

@@ -20,8 +20,6 @@ from app.sweep.events import event_in
 NAME = "journal.jsonl"
 DONE = ("finished", "pruned", "cancelled")
 """States of jobs that a resumed sweep does not run."""
-UNREADABLE = "unreadable"
-"""The state of a job whose `result.json` cannot be read. No journal says it."""
 LARGEST_LINE_BYTES = 1 << 26
 """What a sweep of some ten thousand jobs needs is less."""
 TAIL_BYTES = 1 << 16

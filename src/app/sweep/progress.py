@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 
-from app.folder import ENDED
+from app.run.states import ENDED
 from app.sweep.journal import Job
 
 

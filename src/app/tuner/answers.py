@@ -12,9 +12,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from app.config import what_decides
 from app.errors import Refused, Unreadable
-from app.folder import RunFolder, what_decides
 from app.process.files import read_yaml, write_atomically
+from app.run.folder import RunFolder
 from app.tuner.keys import tunable
 
 NAME = "tuned.yaml"

@@ -13,14 +13,12 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 
-from app.build import build_model_and_data
-from app.config import check
+from app.config import DDP, SINGLE, check
 from app.errors import Refused
-from app.launch import DDP, SINGLE
-from app.launch.ranks import ranks
 from app.process.files import write_atomically
+from app.process.ranks import ranks
+from app.run.build import build_model_and_data
 from app.tuner.answers import NAME, cache_key, read_tuned, searching, write_tuned
-from app.tuner.batch_size import Prober, try_evaluation, try_fit
 from app.tuner.keys import (
     BATCH_SIZE_KEYS,
     EVAL_BATCH_SIZE_KEYS,
@@ -34,6 +32,7 @@ from app.tuner.keys import (
 from app.tuner.lr import range_test
 from app.tuner.lr_rules import suggest
 from app.tuner.plots import draw_batch_size, draw_lr
+from app.tuner.probe import Prober, try_evaluation, try_fit
 from app.tuner.search import Answer, Trial, search_batch_size
 
 LARGEST = 8192

@@ -6,8 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from app.batch_size import data_parallel_size
 from app.errors import Refused
+from app.parallel.sizes import data_parallel_size
 
 BATCH_SIZE_KEYS = ("data.batch_size", "model.batch_size")
 EVAL_BATCH_SIZE_KEYS = ("data.eval_batch_size", *BATCH_SIZE_KEYS)

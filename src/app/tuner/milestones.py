@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from app.accumulate import EffectiveBatch
 from app.errors import Refused
-from app.launch.ranks import ranks
-from app.shares import share_of
+from app.parallel.split import share_of
+from app.process.ranks import ranks
 from app.tuner.find import batch_size_of, say
 from app.tuner.keys import BATCH_SIZE_KEYS, tuned_key
 from app.tuner.lr import range_test
@@ -174,3 +174,16 @@ class Transplant(pl.Callback):
                 added = [mine[names[parameter]] for parameter in group["params"]]
                 twin.add_param_group({**group, "params": added})  # of a fine-tuning callback
             twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def finders_of(config: Mapping[str, Any]) -> list[pl.Callback]:
+    """The finders that a configuration wants inside its fit."""
+    settings = config["tuner"]
+    found: list[pl.Callback] = []
+    if settings is None or not settings["milestones"]:
+        return found
+    if settings["batch_size"] is not None:
+        found.append(BatchSizeAtMilestones(config=config))
+    if settings["lr"] is not None:
+        found.append(LrAtMilestones(config=config))
+    return found

@@ -1,0 +1,191 @@
+"""Which samples of an epoch a rank serves: one order for all ranks, split step by step.
+
+A step of `size` ranks takes the samples that one process would take with a batch `size` times as
+large. Where the last ones do not divide evenly, the ranks serve one more or less, and weights make
+the step the mean over its samples all the same. Nothing is repeated and nothing left out.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
+
+from app.process.random_state import sampling_state, under
+from app.process.ranks import ranks
+
+Order = Sequence[Any] | Tensor
+"""Samples, or their positions, in the order of an epoch."""
+
+
+class Share(NamedTuple):
+    """Which of how many ranks that split the data: 0 to size - 1."""
+
+    rank: int
+    size: int
+
+
+WHOLE = Share(0, 1)
+
+
+def share_of(trainer: pl.Trainer) -> Share:
+    """Which share of the data this process serves: tensor parallel ranks serve the same one."""
+    if not isinstance(trainer.strategy, ParallelStrategy):
+        return WHOLE
+    split_by = trainer.strategy.distributed_sampler_kwargs
+    return Share(split_by["rank"], split_by["num_replicas"])
+
+
+def num_parts(num_samples: int, *, batch_size: int, share: Share, drop_last: bool) -> int:
+    """Batches that every rank serves in an epoch; `batch_size` is one rank's."""
+    whole, rest = divmod(num_samples, batch_size * share.size)
+    return whole if drop_last or rest == 0 else whole + 1
+
+
+def training_part(order: Order, index: int, *, batch_size: int, share: Share) -> Any:
+    """A rank's samples of step `index`; where it has none, one of another's, of weight 0."""
+    step = batch_size * share.size
+    samples = order[index * step : (index + 1) * step]
+    mine = samples[share.rank :: share.size]
+    return mine if len(mine) else samples[:1]
+
+
+def training_weight(num_samples: int, index: int, *, batch_size: int, share: Share) -> float:
+    """What a rank's loss counts in step `index`, so that the ranks' mean is that of the samples."""
+    step = batch_size * share.size
+    served = min(step, num_samples - index * step)
+    mine = len(range(share.rank, served, share.size))
+    return mine * share.size / served
+
+
+def evaluation_part(order: Order, index: int, *, batch_size: int, share: Share) -> Any:
+    """A rank's samples of evaluation batch `index`: every rank serves as many batches.
+
+    A rank with fewer samples than batches repeats one: sharded models need all ranks in each batch.
+    """
+    mine = order[share.rank :: share.size]
+    parts = num_parts(len(order), batch_size=batch_size, share=share, drop_last=False)
+    part = mine[index * len(mine) // parts : (index + 1) * len(mine) // parts]
+    if len(part):
+        return part
+    return mine[-1:] if len(mine) else order[:1]
+
+
+def mean_over_ranks(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
+    """The mean of a tensor that every rank has; every rank calls it."""
+    if trainer.world_size == 1:
+        return tensor
+    mean = trainer.strategy.reduce(tensor.clone(), reduce_op="mean")  # in place, hence the clone
+    assert isinstance(mean, Tensor)
+    return mean
+
+
+class SharedSampler:
+    """A rank's batches of what a sampler draws, as the batch sampler of a DataLoader.
+
+    All ranks draw the order that rank 0 draws, as it would alone.
+
+    Args:
+        sampler: of samples, or of batches or items that are served as they are.
+        batch_size: samples of a batch; None serves what the sampler draws, one at a time.
+        evaluates: whether the batches are evaluated, not trained on.
+    """
+
+    def __init__(
+        self,
+        *,
+        sampler: Any,
+        batch_size: int | None,
+        drop_last: bool,
+        share: Share,
+        evaluates: bool,
+    ) -> None:
+        self.sampler = sampler  # where Lightning looks for `set_epoch`
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.share = share
+        self.evaluates = evaluates
+
+    def __len__(self) -> int:
+        return num_parts(
+            len(self.sampler),
+            batch_size=self.batch_size or 1,
+            share=self.share,
+            drop_last=self.drop_last and not self.evaluates,
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        order = self._drawn()
+        part = evaluation_part if self.evaluates else training_part
+        for index in range(len(self)):
+            mine = part(order, index, batch_size=self.batch_size or 1, share=self.share)
+            yield mine if self.batch_size is not None else mine[0]
+
+    def weight(self, index: int) -> float:
+        """Of this rank's loss in step `index`."""
+        return training_weight(
+            len(self.sampler), index, batch_size=self.batch_size or 1, share=self.share
+        )
+
+    def _drawn(self) -> list[Any]:
+        state = ranks().first(sampling_state)
+        if ranks().is_first:
+            return list(self.sampler)
+        with under(state):
+            return list(self.sampler)
+
+
+def split(loader: Any, *, share: Share, evaluates: bool) -> tuple[Any, bool]:
+    """A loader of this rank's share, and whether it could be split.
+
+    A loader of ours splits itself (`shard`), a DataLoader over a map-style data set is made anew
+    around its samplers. One that already splits is left as it is. Neither an iterable data set nor
+    any other iterable can be split from outside.
+    """
+    if share.size == 1 or isinstance(getattr(loader, "sampler", None), DistributedSampler):
+        return loader, True
+    if hasattr(loader, "shard"):
+        return loader.shard(share, evaluates=evaluates), True
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return loader, False
+    if isinstance(getattr(loader.batch_sampler, "sampler", None), DistributedSampler):
+        return loader, True
+    shared: dict[str, Any] = {"share": share, "evaluates": evaluates}
+    batches = loader.batch_sampler
+    if batches is None:  # the sampler draws what is served
+        one = SharedSampler(sampler=loader.sampler, batch_size=None, drop_last=False, **shared)
+        return rebuilt(loader, sampler=one, shuffle=False), True
+    if type(batches) is BatchSampler:
+        sampler = SharedSampler(
+            sampler=batches.sampler,
+            batch_size=batches.batch_size,
+            drop_last=batches.drop_last,
+            **shared,
+        )
+    else:
+        sampler = SharedSampler(sampler=batches, batch_size=None, drop_last=False, **shared)
+    return rebuilt(loader, batch_sampler=sampler), True
+
+
+def rebuilt(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
+    """The same loader with other arguments."""
+    arguments = {
+        name: getattr(loader, name)
+        for name in inspect.signature(DataLoader).parameters
+        if hasattr(loader, name)
+    } | changes
+    if arguments["batch_sampler"] is not None:
+        for name in ("batch_size", "shuffle", "sampler", "drop_last"):
+            arguments.pop(name, None)
+    return DataLoader(**arguments)
+
+
+def micro_batch_size(loader: Any) -> int | None:
+    """Samples in a batch of one rank, where the loader knows it."""
+    size = getattr(loader, "batch_size", None)
+    if size is None:
+        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return size if isinstance(size, int) else None

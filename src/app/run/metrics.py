@@ -1,0 +1,292 @@
+"""What a run measures while it trains, at the cost of one logger call in many steps."""
+
+import csv
+import io
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from app.errors import Refused, Unreadable
+from app.parallel.split import mean_over_ranks
+from app.process.files import read_steps, skipped, write_atomically
+
+
+@runtime_checkable
+class HasStepMetrics(Protocol):
+    """A callback that measures optimizer steps."""
+
+    def step_metrics(self) -> Mapping[str, float]:
+        """What happened since the last call; forgets it."""
+
+
+class StepMetrics(pl.Callback):
+    """Logs, every `trainer.log_every_n_steps` optimizer steps, their mean loss and the rates.
+
+    `train_loss` is the mean over the micro-batches since the last line; `lr` the first parameter
+    group's. Every callback with `step_metrics()` adds its own. At the end of an epoch its mean
+    loss becomes the metric `train_loss`, unless the model logs one itself. Lightning's `self.log`
+    in each training step costs forty times as much.
+    """
+
+    def __init__(self) -> None:
+        self._sources: list[HasStepMetrics] = []
+        self._every_n_steps = 1
+        self._reset()
+
+    def _reset(self) -> None:
+        self._losses: list[Tensor] = []
+        self._epoch_loss = 0.0
+        self._num_epoch_losses = 0
+        self._num_steps = 0  # as the loggers count: two optimizers that step on a batch are one
+        self._logged_step = 0
+        self._global_step = 0
+        self._model_logs_loss: bool | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._reset()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        self._sources = [c for c in callbacks if isinstance(c, HasStepMetrics)]
+        self._every_n_steps = trainer.log_every_n_steps  # type: ignore[attr-defined]
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if isinstance(outputs, dict) and "loss" in outputs:
+            self._losses.append(outputs["loss"])
+        if trainer.global_step != self._global_step:
+            self._global_step = trainer.global_step
+            self._num_steps += 1
+            if self._num_steps - self._logged_step >= self._every_n_steps:
+                self._log(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._num_steps > self._logged_step:
+            self._log(trainer)
+        if self._model_logs_loss is None:
+            self._model_logs_loss = "train_loss" in trainer.callback_metrics
+        if self._num_epoch_losses and not self._model_logs_loss:
+            mean = self._epoch_loss / self._num_epoch_losses
+            # the loggers have every line of it
+            pl_module.log("train_loss", mean, logger=False, sync_dist=trainer.world_size > 1)
+        self._epoch_loss, self._num_epoch_losses = 0.0, 0
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # only the first rank writes: each then goes on with the mean
+        self._losses = [mean_over_ranks(trainer, loss) for loss in self._losses]
+        checkpoint["callbacks"][self.state_key]["losses"] = list(self._losses)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "losses": list(self._losses),
+            "epoch_loss": self._epoch_loss,
+            "num_epoch_losses": self._num_epoch_losses,
+            "num_steps": self._num_steps,
+            "logged_step": self._logged_step,
+            "global_step": self._global_step,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._losses = state_dict["losses"]
+        self._epoch_loss = state_dict["epoch_loss"]
+        self._num_epoch_losses = state_dict["num_epoch_losses"]
+        self._num_steps = state_dict["num_steps"]
+        self._logged_step = state_dict["logged_step"]
+        self._global_step = state_dict["global_step"]
+
+    def _log(self, trainer: pl.Trainer) -> None:
+        self._logged_step = self._num_steps
+        metrics = {
+            name: value for source in self._sources for name, value in source.step_metrics().items()
+        }
+        if trainer.optimizers:
+            metrics["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
+        if self._losses:
+            total = float(mean_over_ranks(trainer, torch.stack(self._losses).sum()))
+            metrics["train_loss"] = total / len(self._losses)
+            self._epoch_loss += total
+            self._num_epoch_losses += len(self._losses)
+            self._losses = []
+        metrics["epoch"] = trainer.current_epoch
+        for logger in trainer.loggers:
+            # Lightning numbers the line of a step from 0
+            logger.log_metrics(metrics, step=self._num_steps - 1)
+            logger.save()
+
+
+class AwaitedMetrics(pl.Callback):
+    """Ends a run whose configuration names a metric that it does not measure: not at its end, but
+    after its first validation.
+
+    Args:
+        awaited: names of metrics, by the keys that hold them. One of the test is not waited for.
+    """
+
+    def __init__(self, awaited: Mapping[str, str]) -> None:
+        self._awaited = {key: name for key, name in awaited.items() if "test" not in name}
+        self._has_validated = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._has_validated = True
+        # EarlyStopping asks for its metric now, what is left may be of the training
+        self._refuse_missing(trainer, pl_module, lambda key, name: "val" in name or key == EARLY)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._has_validated and not is_overridden("on_train_epoch_end", pl_module):
+            self._refuse_missing(trainer, pl_module, lambda key, name: True)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._has_validated:
+            self._refuse_missing(trainer, pl_module, lambda key, name: True)
+
+    def _refuse_missing(
+        self,
+        trainer: pl.Trainer,
+        model: pl.LightningModule,
+        is_due: Callable[[str, str], bool],
+    ) -> None:
+        measured = trainer.callback_metrics
+        self._awaited = {k: name for k, name in self._awaited.items() if name not in measured}
+        for key, name in self._awaited.items():
+            if is_due(key, name):
+                raise Refused(
+                    f"{key} must be one of {', '.join(sorted(measured)) or 'no metric at all'}, "
+                    f"which {type(model).__name__} logs, got {name}; type {key}=METRIC"
+                )
+
+
+EARLY = "callbacks.early_stopping.monitor"
+
+
+def awaited_metrics(config: Mapping[str, Any]) -> dict[str, str]:
+    """The metrics that a configuration names, and without which it fails, by their keys."""
+    found = {
+        "objective": config["objective"],
+        EARLY: ((config["callbacks"] or {}).get("early_stopping") or {}).get("monitor"),
+        "scheduler.monitor": (config["scheduler"] or {}).get("monitor"),
+    }
+    return {key: name for key, name in found.items() if name is not None}
+
+
+class MetricsCsv(Logger):
+    """One line per logged optimizer step, a column per metric, in `metrics.csv`.
+
+    Lightning's CSVLogger deletes the file when a run is continued; here the lines before the first
+    step that is logged again stay.
+
+    Args:
+        save_dir: folder of the file.
+    """
+
+    def __init__(self, *, save_dir: str) -> None:
+        super().__init__()
+        self.path = Path(save_dir) / "metrics.csv"
+        self._columns: list[str] = []
+        self._line: dict[str, Any] = {}
+        self._line_start = 0
+
+    @property
+    def name(self) -> str:
+        """Of the kind of logger."""
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        """Empty: a run has one file."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any) -> None:
+        """Nothing: the configuration stands beside the file."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add to the line of an optimizer step, counted from 0."""
+        assert step is not None
+        if self._line.get("step") != step:
+            self._line = {"step": step}
+            self._line_start = self.path.stat().st_size if self._columns else 0
+        self._line.update(metrics)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Bring the file up to date."""
+        if not self._line:
+            return
+        if not self._columns or not self._line.keys() <= set(self._columns):
+            self._rewrite()
+            return
+        with self.path.open("r+", newline="", encoding="utf-8") as file:
+            file.seek(self._line_start)
+            csv.DictWriter(file, self._columns).writerow(self._line)
+            file.truncate()
+
+    @rank_zero_only
+    def sync(self) -> None:
+        """Let what was written reach the disk: before a checkpoint that goes on from there."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Bring the file up to date."""
+        self.save()
+
+    def _rewrite(self) -> None:
+        step = self._line["step"]
+        lines = [line for line in _read_lines(self.path) if int(line["step"]) < step]
+        self._columns = list(dict.fromkeys(name for line in [*lines, self._line] for name in line))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns)
+        writer.writeheader()
+        writer.writerows(lines)
+        self._line_start = len(text.getvalue().encode())
+        writer.writerow(self._line)
+        write_atomically(self.path, text.getvalue())
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a `metrics.csv`, without their empty cells; none where there is no file.
+
+    Raises Unreadable where it is no file, and warns of what is torn: the run itself goes on.
+    """
+    return [{name: float(cell) for name, cell in line.items()} for line in _read_lines(path)]
+
+
+def _read_lines(path: Path) -> list[dict[str, str]]:
+    lines, torn = [], []
+    try:
+        for number, line in read_steps(path):
+            if line is None:
+                torn.append(number)
+            else:
+                lines.append(line)
+    except Unreadable as error:
+        if not path.is_file():
+            raise
+        rank_zero_warn(f"{error}; the file begins anew")
+        return []
+    if torn:
+        rank_zero_warn(f"{path}: {skipped(torn)}")
+    return lines

@@ -1,0 +1,100 @@
+"""What the user sees while a run goes on: a line per epoch, and in a terminal a bar below."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+
+from app.accumulate import Accumulation
+from app.config import describe
+from app.parallel.split import micro_batch_size, share_of
+
+
+def progress(*, refresh_every_n_batches: int) -> pl.Callback:
+    """A line per epoch; where the output is a terminal, with a rich bar below.
+
+    Args:
+        refresh_every_n_batches: how often the bar is drawn, >= 1.
+    """
+    if not sys.stdout.isatty():
+        return EpochLines()
+    from lightning.pytorch.callbacks import RichProgressBar
+
+    class Bar(EpochLines, RichProgressBar):  # here, or a run without a terminal imported rich
+        """The bar of the epoch, below the lines of those before."""
+
+    return Bar(refresh_rate=refresh_every_n_batches)
+
+
+class EpochLines(pl.Callback):
+    """Prints the metrics of each epoch on one line."""
+
+    _started_at = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._started_at = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        metrics = sorted(trainer.callback_metrics.items())  # on every rank: they are means over all
+        if not trainer.is_global_zero:
+            return
+        epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+        text = "  ".join(f"{name} {float(value):.4g}" for name, value in metrics)
+        seconds = time.monotonic() - self._started_at
+        print(
+            f"epoch {trainer.current_epoch + 1}{epochs}  step {trainer.global_step}  {text}"
+            f"  {seconds:.0f} s",
+            flush=True,
+        )
+
+
+class StartTable(pl.Callback):
+    """Prints what is on when training starts: techniques, effective batch, optimizer steps."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.batch: dict[str, Any] = {}
+        self._config = dict(config)
+        self._num_parameters = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        trainable = (p for p in pl_module.parameters() if p.requires_grad)
+        self._num_parameters = sum(p.numel() for p in trainable)  # before they are sharded
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        accumulation = next((c for c in callbacks if isinstance(c, Accumulation)), None)
+        by_epoch, by_step = accumulation.schedules if accumulation else ({0: 1}, {0: 1})
+        factors = [a * b for a in by_epoch.values() for b in by_step.values()]
+        micro = micro_batch_size(trainer.train_dataloader)
+        world_size = share_of(trainer).size
+        effective = [micro * world_size * factor for factor in factors if micro]
+        self.batch = {
+            "micro_batch": micro,
+            "accumulation": _one_or_all(factors),
+            "world_size": world_size,
+            "effective_batch": _one_or_all(effective),
+        }
+        if not trainer.is_global_zero:
+            return
+        steps = trainer.estimated_stepping_batches
+        rows = [
+            ("run", self._config["run_dir"]),
+            *describe(self._config),
+            (
+                "batch",
+                f"micro-batch {micro or 'unknown'} x accumulation {self.batch['accumulation']} "
+                f"x world size {world_size} = {self.batch['effective_batch'] or 'unknown'}",
+            ),
+            ("length", f"{steps} optimizer steps of {self._num_parameters:,} parameters"),
+        ]
+        if trainer.global_step:
+            rows.append(("continues", f"after optimizer step {trainer.global_step}"))
+        print("\n".join(f"{name:<12}{text}" for name, text in rows), flush=True)
+
+
+def _one_or_all(values: list[int]) -> int | list[int] | None:
+    return values if len(values) > 1 else values[0] if values else None

@@ -1,0 +1,132 @@
+"""What a run leaves: result.json and curves.png."""
+
+import platform
+import subprocess
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from app.config import config_hash
+from app.process.requeue import slurm_job
+from app.run.folder import RunFolder
+from app.run.metrics import read_metrics
+from app.run.states import SLURM_JOB
+
+
+class Record:
+    """Collects the content of result.json and keeps the file up to date, on a failure too.
+
+    Args:
+        writes: whether this process is the one that writes the file.
+
+    Attributes:
+        outcome: what a run has come to that neither failed nor was interrupted.
+    """
+
+    def __init__(self, config: Mapping[str, Any], folder: RunFolder, *, writes: bool) -> None:
+        self._folder = folder
+        self._writes = writes
+        self._seconds: dict[str, float] = {}
+        self.outcome = "finished"
+        self.content: dict[str, Any] = {
+            "status": "running",
+            "name": config["name"],
+            "config_hash": config_hash(config),
+            "seconds": self._seconds,
+            **({} if (job := slurm_job()) is None else {SLURM_JOB: job}),
+            "git_commit": git_commit(),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("app", "torch", "lightning", "hydra-core")},
+            },
+        }
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Write the file now and at the end: with `outcome`, interrupted or failed."""
+        self.write()
+        try:
+            yield
+            self.content["status"] = self.outcome
+        except (KeyboardInterrupt, SystemExit, BrokenPipeError):
+            self.content["status"] = "interrupted"
+            raise
+        except BaseException as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            self.content |= {
+                "status": "failed",
+                "error": f"{type(error).__name__}: {error}",
+                "where": f"{last.filename}:{last.lineno} in {last.name}",
+            }
+            raise
+        finally:
+            self.write()
+
+    def write(self) -> None:
+        """Bring the file up to date."""
+        if self._writes:
+            self._folder.write_result(self.content)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure the seconds of a phase of the run."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[name] = round(time.monotonic() - start, 3)
+
+
+def git_commit() -> str | None:
+    """The commit of the working directory, `-dirty` where it was changed; None outside of git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def draw_curves(metrics_csv: Path, png: Path) -> None:
+    """Draw every metric of a run over its optimizer steps; nothing where none was logged."""
+    rows = read_metrics(metrics_csv)
+    names = sorted({name for row in rows for name in row} - {"step", "epoch"})
+    # train_loss and val_loss share the panel "loss"
+    panels: dict[str, list[str]] = {}
+    for name in names:
+        panels.setdefault(name.removeprefix("raw_").partition("_")[2] or name, []).append(name)
+    if not panels:
+        return
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    width, height = 5 * columns, 3 * lines
+    figure = Figure(figsize=(width, height))
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    # inches, by hand: a layout engine draws everything twice
+    figure.subplots_adjust(
+        left=0.6 / width,
+        right=1 - 0.2 / width,
+        bottom=0.5 / height,
+        top=1 - 0.4 / height,
+        wspace=0.2,
+        hspace=0.45,
+    )
+    for panel, (title, members) in zip(axes, sorted(panels.items()), strict=False):
+        for name in members:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            panel.plot(
+                *zip(*points, strict=True), label=name, marker="." if len(points) < 3 else ""
+            )
+        title = title if len(members) > 1 else members[0]
+        panel.set(title=title, xlabel="optimizer step")
+        if len(members) > 1:
+            panel.legend()
+    for panel in axes[len(panels) :]:
+        panel.remove()
+    figure.savefig(png)

@@ -1,0 +1,202 @@
+"""The Trainer of a run: Lightning's, with the arguments a run chooses and an exact step count."""
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.strategies import Strategy
+
+from app.accumulate import Accumulation
+from app.errors import Refused
+from app.precision import use_matmul
+from app.process.ranks import LOOPBACK, keep_to_loopback, started_elsewhere, store_at
+
+THREADS_PER_CORE = 8
+"""More than these wait for each other, for minutes, in each operation."""
+
+EVERY_BATCH = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
+
+def switch_off_inherited_hooks(callback: pl.Callback) -> None:
+    """Set the hooks of every batch that a callback only inherits, and that do nothing, to None.
+
+    Lightning calls what is callable, each in a profiler context of its own: 2 % of a small step for
+    a callback that does nothing at all.
+    """
+    for hook in EVERY_BATCH:
+        if getattr(type(callback), hook) is getattr(pl.Callback, hook):
+            setattr(callback, hook, None)
+
+
+def refuse_hardware(threads: int | None, accelerator: str) -> None:
+    """Raise Refused where this machine has not what a configuration asks for."""
+    num_cores = os.cpu_count() or 1
+    if threads is not None and threads > THREADS_PER_CORE * num_cores:
+        raise Refused(
+            f"trainer.threads must be <= {THREADS_PER_CORE * num_cores} on a machine of "
+            f"{num_cores} cores, got {threads}; type trainer.threads=null"
+        )
+    has: dict[str, Callable[[], bool]] = {
+        "gpu": torch.accelerator.is_available,
+        "mps": torch.backends.mps.is_available,
+        "tpu": lambda: find_spec("torch_xla") is not None,
+    }
+    if accelerator in has and not has[accelerator]():
+        raise Refused(
+            f"trainer.accelerator={accelerator} finds none here; type trainer.accelerator=cpu"
+        )
+
+
+class _Alone(LightningEnvironment):
+    """A process that no other one looks for; its process group, where it has one, is for itself."""
+
+    @cached_property
+    def _store(self) -> Any:
+        keep_to_loopback(os.environ)
+        return store_at(LOOPBACK, size=1)
+
+    @property
+    def main_port(self) -> int:
+        port: int = self._store.port
+        return port
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer; its `estimated_stepping_batches` knows accumulation schedules.
+
+    Args:
+        max_epochs, max_steps, max_minutes: the run ends at whichever comes first; None is no
+            limit. A step is an optimizer step.
+        devices, num_nodes: processes of each machine, and machines.
+        threads: intra-op threads of torch on the CPU; None leaves torch's own choice. Tiny models
+            are faster with one, and give the same weights on every machine load.
+        deterministic: refuse operations that have no deterministic implementation.
+        strategy: Lightning's, or its name. "auto" trains this process alone, also where it is one
+            of several.
+        run_dir: folder of the run.
+        The others are Lightning's.
+    """
+
+    callbacks: list[pl.Callback]
+
+    def __init__(
+        self,
+        *,
+        max_epochs: int | None,
+        max_steps: int | None,
+        max_minutes: float | None,
+        accelerator: str,
+        devices: int,
+        num_nodes: int,
+        sync_batchnorm: bool,
+        threads: int | None,
+        deterministic: bool,
+        benchmark: bool | None,
+        limit_train_batches: int | float | None,
+        limit_val_batches: int | float | None,
+        limit_test_batches: int | float | None,
+        val_check_interval: int | float,
+        check_val_every_n_epoch: int | None,
+        num_sanity_val_steps: int,
+        log_every_n_steps: int,
+        detect_anomaly: bool,
+        strategy: Strategy | str,
+        precision: str,
+        matmul: str,
+        run_dir: Path,
+        callbacks: Sequence[pl.Callback],
+        loggers: Sequence[Logger],
+        checkpoint_io: CheckpointIO,
+        enable_progress_bar: bool,
+    ) -> None:
+        # of no concern: what starts the processes is chosen by `launch`
+        warnings.filterwarnings("ignore", "The `srun` command is available on your system")
+        for callback in callbacks:
+            switch_off_inherited_hooks(callback)
+        use_matmul(matmul, mode=precision, accelerator=accelerator)
+        refuse_hardware(threads, accelerator)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if (
+            precision == "16-mixed"
+            and accelerator == "auto"
+            and not torch.accelerator.is_available()
+        ):
+            raise Refused("precision=fp16 needs a GPU, and there is none here; use precision=bf16")
+        on: int | list[int] = devices
+        is_one_of_several = started_elsewhere()
+        if strategy == "auto":
+            num_nodes, on = 1, 1
+            if is_one_of_several and accelerator != "cpu" and torch.cuda.is_available():
+                on = [int(os.environ["LOCAL_RANK"])]
+        # not Lightning's for SLURM, which would requeue by itself
+        joins = is_one_of_several and strategy != "auto"
+        environment = TorchElasticEnvironment() if joins else _Alone()
+        plugins: list[Any] = [checkpoint_io, environment]
+        super().__init__(
+            max_epochs=-1 if max_epochs is None else max_epochs,
+            max_steps=-1 if max_steps is None else max_steps,
+            max_time=None if max_minutes is None else {"seconds": round(60 * max_minutes)},
+            accelerator=accelerator,
+            strategy=strategy,
+            devices=on,
+            num_nodes=num_nodes,
+            sync_batchnorm=sync_batchnorm,
+            use_distributed_sampler=False,  # DataParallel splits the data
+            deterministic=deterministic,
+            benchmark=benchmark,
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            val_check_interval=val_check_interval,
+            check_val_every_n_epoch=check_val_every_n_epoch,
+            num_sanity_val_steps=num_sanity_val_steps,
+            log_every_n_steps=log_every_n_steps,
+            detect_anomaly=detect_anomaly,
+            precision=precision,  # type: ignore[arg-type]  # checked by the schema
+            default_root_dir=run_dir,
+            callbacks=list(callbacks),
+            logger=list(loggers),
+            plugins=plugins,
+            enable_checkpointing=any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
+            enable_progress_bar=enable_progress_bar,
+            enable_model_summary=False,
+        )
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        """Optimizer steps of the whole run, exactly; inf where neither data nor limits tell.
+
+        Lightning's takes one accumulation factor for all epochs.
+        """
+        accumulation = next((c for c in self.callbacks if isinstance(c, Accumulation)), None)
+        estimate = super().estimated_stepping_batches  # this has loaded the data
+        if estimate == -1:  # data without a length, and no max_steps
+            return math.inf
+        if accumulation is None or math.inf in (estimate, self.num_training_batches):
+            return estimate
+        if self.max_epochs in (None, -1):
+            return estimate
+        assert self.max_epochs is not None
+        steps = accumulation.total_steps(
+            num_batches=int(self.num_training_batches), num_epochs=self.max_epochs
+        )
+        return steps if self.max_steps == -1 else min(steps, self.max_steps)

@@ -1,0 +1,1 @@
+"""One run as a job of SLURM: handing it in, what its tasks do, and what SLURM says of it."""
