@@ -20,11 +20,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from side_by_side import cpu_seconds, in_turns, show
+from presets import built
+from side_by_side import cpu_seconds, in_turns, show, sized
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from app.averaging import Ema
+from app.averaging import AveragingTrainer, Ema
+from app.averaging.shadow import AVERAGE
 
 DECAY = 0.99
 ROUNDS = 15
@@ -74,9 +76,7 @@ def resnet50() -> nn.Module:
 
 MODELS = {
     "600 small tensors": many_small,
-    "ResNet-50": resnet50,
-    "a transformer": transformer,
-    "4 big tensors": few_big,
+    **sized({"ResNet-50": resnet50, "a transformer": transformer, "4 big tensors": few_big}, {}),
 }
 
 
@@ -117,7 +117,8 @@ class Inside(pl.Callback):
         shadow = self.ours._shadow
         assert shadow is not None
         # the very tensors of ours: others may lie in memory that is faster or slower
-        averages, live = zip(*shadow.tensors().values(), strict=True)
+        now = shadow.live()
+        averages, live = [shadow.sets[AVERAGE][name] for name in now], list(now.values())
 
         def as_called() -> None:
             for hook in optimizer._optimizer_step_post_hooks.values():
@@ -218,21 +219,9 @@ def main() -> None:
             name = package.replace("_", "-")
             print(f"{name} is not installed and left out: pip install --no-deps {name}")
     for title, make in MODELS.items():
-        ours = Ema(
-            decay=DECAY,
-            half_life_steps=None,
-            horizon=0.05,
-            warmup=False,
-            warmup_gamma=1.0,
-            warmup_power=0.75,
-            start_epoch=None,
-            start_step=None,
-            every_n_steps=1,
-            validate="averaged",
-            bn_batches=None,
-        )
+        ours = built("averaging", "averaging=ema", f"averaging.decay={DECAY}")
         theirs = EMAWeightAveraging(decay=DECAY)
-        trainer = pl.Trainer(
+        trainer = AveragingTrainer(
             accelerator="cpu",
             max_steps=3,
             callbacks=[ours, theirs, Inside(title, ours, theirs)],

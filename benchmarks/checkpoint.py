@@ -8,13 +8,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
-from side_by_side import cpu_seconds, in_turns, show
+from side_by_side import cpu_seconds, in_turns, show, sized
 
 from app.process.intact import _damage
 from app.run.checkpoint import CheckpointFiles
 
-SIZES = {"60 tensors of 10 kB": (60, 2_500), "60 tensors of 4 MB": (60, 1_000_000)}
+SIZES = {
+    "60 tensors of 10 kB": (60, 2_500),
+    **sized({"60 tensors of 4 MB": (60, 1_000_000)}, {}),
+}
 ROUNDS = 15
 OURS, PLAIN = "CheckpointFiles", "torch"
 FILES = CheckpointFiles()
@@ -43,7 +47,8 @@ def main() -> None:
     torch.set_num_threads(1)
     for size, (number, length) in SIZES.items():
         with TemporaryDirectory() as folder:
-            content = {"state_dict": {str(i): torch.randn(length) for i in range(number)}}
+            weights = {str(i): torch.randn(length) for i in range(number)}
+            content = {"state_dict": weights, "pytorch-lightning_version": pl.__version__}
             measure(size, content, Path(folder))
 
 

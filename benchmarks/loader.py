@@ -5,13 +5,13 @@ sample. Run as `python benchmarks/loader.py`.
 """
 
 import torch
-from side_by_side import cpu_seconds, in_turns, show
+from side_by_side import cpu_seconds, in_turns, show, sized
 from torch.utils.data import DataLoader, TensorDataset
 
 from app.data.in_memory import InMemoryLoader
 
 SHAPES = ((64,), (3, 32, 32), (1, 28, 28))
-NUM_SAMPLES = 8192
+NUM_SAMPLES = sized(8192, 256)
 BATCH_SIZE = 128
 ROUNDS = 25
 OURS, PEER, LESS = "InMemoryLoader", "DataLoader, per sample", "DataLoader, a batch an index"

@@ -26,6 +26,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from side_by_side import sized
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -317,11 +318,13 @@ def _summary(cases: list[Case], rule: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sweep-steps", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=250, help="of each training")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--sweep-steps", type=int, default=sized(100, 10))
+    parser.add_argument("--steps", type=int, default=sized(250, 25), help="of each training")
+    parser.add_argument("--seeds", type=int, default=sized(3, 1))
     parser.add_argument("--budget-s", type=float, default=480, help="begin no case after it")
-    parser.add_argument("--problems", default="", help="only those whose name holds this")
+    only = sized("", "digits mlp, SGD")
+    parser.add_argument("--problems", default=only, help="only those whose name holds this")
+    parser.add_argument("--smallest", action="store_true", help="other defaults: runs all of it")
     parser.add_argument("--json", type=Path, help="write the curves and suggestions here too")
     args = parser.parse_args()
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import yaml
-from side_by_side import in_turns, show
+from side_by_side import in_turns, show, sized
 
-NUM_RUNS = 1000
+NUM_RUNS = sized(1000, 10)
 SEEDS = 5
 ROUNDS = 5
 RUN = (

@@ -26,15 +26,16 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.multiprocessing as mp
+from side_by_side import sized
 
 from app.sharing import Mmap, Shared
 
-KINDS = ("tensor", "numpy", "list")
-MODES = ("none", "shared", "mmap")
+KINDS = sized(("tensor", "numpy", "list"), ("tensor",))
+MODES = sized(("none", "shared", "mmap"), ("shared",))
 NUM_PROCESSES = 4
 ITEM_BYTES = 4096
 TARGET_GB = 1.1
-SETTINGS = {"min_bytes": 1024, "min_items": 1000}
+SETTINGS = {"key": None, "min_bytes": 1024, "min_items": 1000}
 
 
 class Data(pl.LightningDataModule):
@@ -168,7 +169,7 @@ def whole_run(strategy: str, mode: str, kind: str, num_bytes: int) -> dict[str, 
         found = Path(folder, "found.json").absolute()
         chosen = [f"sharing={mode}"]
         if mode != "none":
-            chosen += [f"sharing.{key}={value}" for key, value in SETTINGS.items()]
+            chosen += [f"sharing.{key}={value}" for key, value in SETTINGS.items() if value]
         command = [
             sys.executable, "-m", "app.train", *chosen, f"strategy={strategy}",
             f"trainer.devices={NUM_PROCESSES}", "trainer.accelerator=cpu", "trainer.max_epochs=1",
@@ -206,10 +207,11 @@ def main() -> None:
         mode, kind, num_bytes = sys.argv[2:]
         print(json.dumps(measure(mode, kind, int(num_bytes))))
         return
-    num_gb = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
+    typed = [word for word in sys.argv[1:] if word[0] != "-"]
+    num_gb = float(typed[0]) if typed else sized(1.0, 0.01)
     print(f"{num_gb:g} GB, {NUM_PROCESSES} processes     PSS GB  private GB  seconds  target")
     compare("", in_a_process, num_gb)
-    for strategy in ("ddp", "ddp_spawn"):
+    for strategy in sized(("ddp", "ddp_spawn"), ("ddp",)):
         compare(strategy, partial(whole_run, strategy), num_gb)
 
 

@@ -2,11 +2,25 @@
 
 A ratio is that of two costs of the same round; printed are the median over the rounds, the smallest
 and the largest. The load that other programs put on the machine hits neighbours alike.
+
+Every benchmark takes `--smallest`: the least that runs all of it, in seconds, and measures nothing.
 """
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
+from typing import TypeVar
+
+T = TypeVar("T")
+
+SMALLEST = "--smallest" in sys.argv
+
+
+def sized(usual: T, smallest: T) -> T:
+    """A size of a benchmark: the usual one, or the smallest."""
+    return smallest if SMALLEST else usual
+
 
 Contestant = Callable[[], float]
 """Does its work once and returns what it cost, in any unit that all share."""
@@ -16,8 +30,9 @@ Costs = Mapping[str, Sequence[float]]
 
 def in_turns(contestants: Mapping[str, Contestant], *, rounds: int) -> dict[str, list[float]]:
     """Run all once to warm up, then `rounds` times, every other time in reverse order."""
+    rounds = sized(rounds, 1)
     costs: dict[str, list[float]] = {name: [] for name in contestants}
-    for contestant in contestants.values():
+    for contestant in () if SMALLEST else contestants.values():
         contestant()
     for number in range(rounds):
         for name in list(contestants) if number % 2 == 0 else reversed(contestants):
@@ -32,7 +47,7 @@ def cpu_seconds(work: Callable[[], object], *, at_least: float) -> Contestant:
     """
     work()
     calls, spent = 1, _spent(work, 1)
-    while spent < at_least:
+    while spent < sized(at_least, 0.0):
         calls *= 2
         spent = _spent(work, calls)
 

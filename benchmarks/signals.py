@@ -20,14 +20,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from side_by_side import show
+from side_by_side import show, sized
 from step import BATCH, Model, bare
 
 from app.launch.local import run_local
 from app.run import signals
 
-ROUNDS = 90
-BLOCK = 200
+ROUNDS = sized(90, 1)
+BLOCK = sized(200, 2)
 """Steps before the next one's turn."""
 TARGET = 1.03
 WITHOUT, OURS, EVERY = "heeds no signal", "ours", "asks at every step"

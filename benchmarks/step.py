@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -26,20 +25,19 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
-from side_by_side import Contestant, in_turns, show
+from presets import built, checked
+from side_by_side import Contestant, in_turns, show, sized
 from torch import Tensor
 
-from app.averaging import Ema
-from app.clip import NormClip
 from app.models.mlp import Mlp
-from app.run.checkpoint import CheckpointFiles, Checkpoints
-from app.run.metrics import MetricsCsv, StepMetrics
-from app.run.progress import EpochLines
+from app.record.loggers import MetricsCsv
+from app.run.build import build_callbacks, build_trainer
+from app.run.metrics import StepMetrics
 from app.run.resume import ExactResume, ResumableLoader
 from app.run.trainer import Trainer
 
 ROUNDS = 21
-WARM_UP, STEPS = 100, 500
+WARM_UP, STEPS = sized((100, 500), (1, 2))
 BATCH = 64
 BARE, THREE = "Lightning, bare", "ours: log, EMA and clip"
 TARGETS = {THREE: 1.15}
@@ -83,36 +81,6 @@ class Model(Mlp):
         return torch.optim.AdamW(self.parameters(), lr=1e-4, fused=True)
 
 
-def ema() -> Ema:
-    """Ours, as of `averaging=ema`."""
-    return Ema(
-        decay=None,
-        half_life_steps=None,
-        horizon=0.05,
-        warmup=False,
-        warmup_gamma=1.0,
-        warmup_power=0.75,
-        start_epoch=None,
-        start_step=None,
-        every_n_steps=1,
-        validate="averaged",
-        bn_batches=None,
-    )
-
-
-def clip() -> NormClip:
-    """Ours, as of `clip=norm`."""
-    return NormClip(max_norm=1.0, norm_type=2.0, nonfinite="skip")
-
-
-def beside(folder: str) -> list[pl.Callback]:
-    """What else `app.train` puts into a run."""
-    keep = Checkpoints(
-        dirpath=folder, monitor="val_loss", mode="min", every_n_steps=None, every_min=10.0
-    )
-    return [ExactResume(), keep, EpochLines()]
-
-
 def bare(folder: str, **arguments: Any) -> pl.Trainer:
     """Lightning's trainer with nothing beside the training."""
     nothing = {
@@ -127,30 +95,9 @@ def bare(folder: str, **arguments: Any) -> pl.Trainer:
 
 def ours(folder: str, callbacks: list[pl.Callback], *, logs: bool = False) -> Trainer:
     """The trainer of a run."""
-    return Trainer(
-        max_epochs=1,
-        max_steps=None,
-        max_minutes=None,
-        accelerator="cpu",
-        devices=1,
-        threads=1,
-        deterministic=False,
-        benchmark=None,
-        limit_train_batches=None,
-        limit_val_batches=None,
-        limit_test_batches=None,
-        val_check_interval=1.0,
-        check_val_every_n_epoch=1,
-        num_sanity_val_steps=0,
-        log_every_n_steps=50,
-        detect_anomaly=False,
-        precision="32-true",
-        run_dir=Path(folder),
-        callbacks=callbacks,
-        loggers=[MetricsCsv(save_dir=folder)] if logs else [],
-        checkpoint_io=CheckpointFiles(),
-        enable_progress_bar=False,
-    )
+    loggers = [MetricsCsv(save_dir=folder)] if logs else []
+    one_epoch = checked("trainer.max_epochs=1", run_dir=folder)
+    return build_trainer(one_epoch, callbacks=callbacks, loggers=loggers)
 
 
 def fit(make: Callable[[str], pl.Trainer], *, logs: bool = False, resumes: bool = False) -> float:
@@ -178,11 +125,18 @@ def loop() -> float:
 def contestants() -> dict[str, Contestant]:
     """A fit each, from the bare one on."""
 
+    def ema() -> pl.Callback:
+        return built("averaging", "averaging=ema")
+
+    def clip() -> pl.Callback:
+        return built("clip", "clip=norm")
+
     def three() -> list[pl.Callback]:
         return [clip(), ema(), StepMetrics()]
 
     def all_of_a_run(folder: str) -> Trainer:
-        return ours(folder, [*three(), *beside(str(Path(folder, "checkpoints")))], logs=True)
+        beside = build_callbacks(checked(run_dir=folder).plain["callbacks"])
+        return ours(folder, [*three(), ExactResume(), *beside], logs=True)
 
     def all_of_lightning(folder: str) -> pl.Trainer:
         averaging, logger = EMAWeightAveraging(), CSVLogger(folder)

@@ -19,6 +19,7 @@ Learning rate: `range_test` over the default model against as many steps of a ba
 Run as `python benchmarks/tune.py`.
 """
 
+import copy
 import gc
 import logging
 import math
@@ -37,14 +38,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from lightning.pytorch.tuner import Tuner
-from side_by_side import Contestant, cpu_seconds, in_turns, show
+from presets import checked
+from side_by_side import Contestant, cpu_seconds, in_turns, show, sized
 from step import bare
 from torch import Tensor, nn
 
-from app.config import check
+from app.config import Config
 from app.optim import configure_optimizers
 from app.run.build import build_model_and_data
 from app.tuner.lr import range_test
@@ -52,10 +53,10 @@ from app.tuner.probe import Prober, release_memory
 from app.tuner.search import Mode, Trial, search_batch_size
 
 MB, GB = 2**20, 2**30
-LIMITS = (37, 300, 1337, 5000)
+LIMITS = sized((37, 300, 1337, 5000), (37,))
 CAPACITY = 16 * GB
-NUM_RANDOM = 1000
-FIRST, MAX, STEPS_PER_TRIAL = 2, 8192, 2
+NUM_RANDOM = sized(1000, 3)
+FIRST, MAX, STEPS_PER_TRIAL = 2, sized(8192, 64), 2
 FEATURES = 64
 ROUNDS = 9
 MODEL, BISECTION = "ours: model", "ours: binsearch"
@@ -316,40 +317,34 @@ def show_trials(title: str, searches: dict[str, list[Search]], truth: Sequence[i
 # ------------------------------------------------------------------------------- the learning rate
 
 
-def configuration(*overrides: str) -> dict[str, Any]:
-    """The default run with the finder of the learning rate, composed and checked."""
-    typed = ("run_dir=unused", "name=unused", "trainer.accelerator=cpu", "tuner=lr_find")
-    with initialize_config_module("app.conf", version_base="1.3"):
-        return check(compose("train", [*typed, *overrides]))
-
-
-def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+def settings_of(config: Config) -> Any:
     """Of a sweep that goes on to its last step."""
-    settings: dict[str, Any] = config["tuner"]["lr"]
-    return {**settings, "highest": 0.1, "divergence": math.inf}
+    settings = copy.copy(config.tuner.lr)
+    settings.highest, settings.divergence = 0.1, math.inf
+    return settings
 
 
-def swept(config: dict[str, Any]) -> None:
+def swept(config: Config) -> None:
     """Our range test."""
     settings = settings_of(config)
-    base = config["optimizer"]["lr"]
+    base = config.optimizer.lr
     _, losses, _ = range_test(
         config, settings=settings, base=base, optimizer=None, from_now=False, callbacks=[]
     )
-    assert len(losses) == settings["num_steps"], len(losses)
+    assert len(losses) == settings.num_steps, len(losses)
 
 
-def model_and_data(config: dict[str, Any]) -> tuple[pl.LightningModule, pl.LightningDataModule]:
+def model_and_data(config: Config) -> tuple[pl.LightningModule, pl.LightningDataModule]:
     """Those of a run, with its optimizer."""
     model, data = build_model_and_data(config)
-    make = instantiate(config["optimizer"], _convert_="all")
+    make = instantiate(config.plain["optimizer"], _convert_="all")
     model.configure_optimizers = partial(configure_optimizers, model, make, None)
     return model, data
 
 
-def trained(config: dict[str, Any], **arguments: Any) -> None:
+def trained(config: Config, **arguments: Any) -> None:
     """As many steps of a bare trainer."""
-    steps = settings_of(config)["num_steps"]
+    steps = settings_of(config).num_steps
     model, data = model_and_data(config)
     with TemporaryDirectory() as folder:
         trainer = bare(folder, max_epochs=-1, max_steps=steps, limit_val_batches=0, **arguments)
@@ -357,7 +352,7 @@ def trained(config: dict[str, Any], **arguments: Any) -> None:
     assert trainer.global_step == steps, trainer.global_step
 
 
-def lightning_swept(config: dict[str, Any]) -> None:
+def lightning_swept(config: Config) -> None:
     """Lightning's range test."""
     settings = settings_of(config)
     model, data = model_and_data(config)
@@ -365,20 +360,20 @@ def lightning_swept(config: dict[str, Any]) -> None:
         found = Tuner(bare(folder, max_epochs=-1)).lr_find(
             model,
             datamodule=data,
-            min_lr=settings["lowest"],
-            max_lr=settings["highest"],
-            num_training=settings["num_steps"],
+            min_lr=settings.lowest,
+            max_lr=settings.highest,
+            num_training=settings.num_steps,
             early_stop_threshold=None,
             update_attr=False,
         )
     assert found is not None
-    assert len(found.results["lr"]) == settings["num_steps"], len(found.results["lr"])
+    assert len(found.results["lr"]) == settings.num_steps, len(found.results["lr"])
 
 
 def learning_rate() -> None:
     """The range tests and the bare steps, in turns."""
-    config = configuration()
-    unclipped = configuration("clip=none")
+    chosen = ("tuner=lr_find", f"tuner.lr.num_steps={sized(150, 10)}")
+    config, unclipped = checked(*chosen), checked(*chosen, "clip=none")
     works: dict[str, Callable[[], None]] = {
         BARE: partial(trained, config),
         RANGE_TEST: partial(swept, config),
@@ -391,7 +386,7 @@ def learning_rate() -> None:
         name: cpu_seconds(work, at_least=0.0) for name, work in works.items()
     }
     costs = in_turns(contestants, rounds=ROUNDS)
-    steps = settings_of(config)["num_steps"]
+    steps = settings_of(config).num_steps
     title = f"{steps} steps of a range test"
     show(title, costs, base=BARE, targets=LR_TARGETS)
     print(f"{BARE}: {median(costs[BARE]):.3f} CPU s")

@@ -1,5 +1,6 @@
 """The rules between groups: what would fail after a while, or do nothing in silence."""
 
+import math
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -110,9 +111,12 @@ def _splits_unevenly(run: "Train") -> bool:
     return split is not None and run.trainer.devices != "auto" and _num_processes(run) % split != 0
 
 
-SHARDED = ("app.strategy.fsdp", "app.strategy.fsdp2", "app.strategy.tp_fsdp2")
-FSDP = SHARDED[:1]
-FSDP2 = SHARDED[1:]
+def _replicates_unevenly(run: "Train") -> bool:
+    size, replicas = _data_parallel_size(run), _get(run.strategy, "num_replicas")
+    return size is not None and replicas is not None and size % replicas != 0
+
+
+FSDP = ("app.parallel.sharded.Sharded",)
 DEEPSPEED = ("app.strategy.deepspeed",)
 
 
@@ -121,15 +125,17 @@ def _is(slot: Any, *targets: str) -> bool:
 
 
 def _name(strategy: Any) -> str:
-    """A strategy as typed, but for the stage of DeepSpeed."""
-    return f"strategy={_get(strategy, '_target_').rpartition('.')[2]}"
+    """A strategy as typed, but for what its schema sets: the stage, the split layers."""
+    name = _get(strategy, "_target_").rpartition(".")[2]
+    return f"strategy={'fsdp' if _is(strategy, *FSDP) else name}"
 
 
 GRAPH_MODEL = "app.models.graphsage.GraphSage"
 
 
 def _are_ours(run: "Train") -> bool:
-    return all(str(_get(slot, "_target_")).startswith("app.") for slot in (run.model, run.data))
+    targets = [_get(slot, "_target_") for slot in (run.model, run.data) if is_dataclass(slot)]
+    return len(targets) == 2 and all(str(target).startswith("app.") for target in targets)
 
 
 METRICS = ("train_loss", "val_loss", "val_acc", "test_loss", "test_acc", "raw_val_loss",
@@ -168,7 +174,7 @@ FP8 = "transformer-engine"
 
 PACKAGES = {
     "bitsandbytes": (lambda run: _is(run.optimizer, EIGHT_BIT), "optimizer=adamw8bit", "adamw"),
-    "deepspeed": (lambda run: _is(run.strategy, *DEEPSPEED), "strategy=deepspeed", "fsdp2"),
+    "deepspeed": (lambda run: _is(run.strategy, *DEEPSPEED), "strategy=deepspeed", "fsdp"),
     "transformer_engine": (lambda run: run.precision.mode == FP8, "precision=fp8", "bf16"),
 }
 """Optional packages: what needs one, and the preset that does not."""
@@ -200,28 +206,28 @@ WITH_STRATEGIES = (
         lambda run: run.trainer.accelerator == "cpu",
         "trainer.accelerator=cpu",
         "DeepSpeed needs GPUs",
-        "use strategy=fsdp2",
+        "use strategy=fsdp",
     ),
     Pair(
-        FSDP2,
-        lambda run: run.precision.mode not in ("32-true", "bf16-mixed", "bf16-true"),
+        FSDP,
+        lambda run: run.precision.mode == FP8,
         "precision.mode={run.precision.mode}",
-        "fsdp2 shards float32 and bfloat16 weights, without a scaled loss",
-        "use precision=bf16",
-    ),
-    Pair(
-        FSDP + DEEPSPEED,
-        lambda run: run.precision.mode in ("64-true", FP8),
-        "precision.mode={run.precision.mode}",
-        "Lightning's strategy takes neither float64 nor float8",
+        "float8 layers are not sharded",
         "use precision=bf16",
     ),
     Pair(
         FSDP,
-        lambda run: _is(run.clip, "app.clip.AdaptiveClip"),
-        "clip=adaptive",
-        "its flat shards cut through the units whose norms are compared",
-        "use strategy=fsdp2, or clip=norm",
+        lambda run: run.precision.mode == "16-mixed" and run.strategy.tensor_parallel_size > 1,
+        "precision.mode={run.precision.mode}",
+        "an overflow in one part of a split layer is not seen by the others",
+        "use precision=bf16, or type strategy.tensor_parallel_size=1",
+    ),
+    Pair(
+        DEEPSPEED,
+        lambda run: run.precision.mode in ("64-true", FP8),
+        "precision.mode={run.precision.mode}",
+        "Lightning's strategy takes neither float64 nor float8",
+        "use precision=bf16",
     ),
     Pair(
         DEEPSPEED,
@@ -235,31 +241,24 @@ WITH_STRATEGIES = (
         lambda run: run.accumulate is not None,
         "accumulation",
         "DeepSpeed's engine counts the micro-batches itself",
-        "use accumulate=none, or strategy=fsdp2",
+        "use accumulate=none, or strategy=fsdp",
     ),
     Pair(
         DEEPSPEED,
         lambda run: run.averaging is not None,
         "averaging",
         "DeepSpeed's engine keeps the weights that it steps",
-        "use averaging=none, or strategy=fsdp2",
+        "use averaging=none, or strategy=fsdp",
     ),
     Pair(
         FSDP,
-        lambda run: run.averaging is not None and run.precision.mode == "bf16-true",
-        "averaging with precision=bf16_true",
-        "the float32 average of flat shards cannot be kept in a checkpoint",
-        "use strategy=fsdp2, or precision=bf16",
-    ),
-    Pair(
-        SHARDED,
         lambda run: _get(run.averaging, "validate") == "both",
         "averaging.validate=both",
         "it runs a copy of the model, which cannot be made of shards",
         "type averaging.validate=averaged",
     ),
     Pair(
-        SHARDED + DEEPSPEED,
+        FSDP + DEEPSPEED,
         lambda run: bool(_get(run.tuner, "milestones")),
         "tuner.milestones",
         "a second sharded model cannot be made inside a fit",
@@ -275,14 +274,14 @@ WITH_STRATEGIES = (
         "type tuner.batch_size=null",
     ),
     Pair(
-        SHARDED,
+        FSDP,
         lambda run: bool(_get(run.compile, "fullgraph")),
         "compile.fullgraph=true",
         "each block is gathered between two graphs",
         "type compile.fullgraph=false",
     ),
     Pair(
-        FSDP2,
+        FSDP,
         lambda run: _is(run.optimizer, EIGHT_BIT),
         "optimizer=adamw8bit",
         "bitsandbytes cannot step shards",
@@ -466,6 +465,14 @@ RULES = (
             f"strategy.tensor_parallel_size={run.strategy.tensor_parallel_size} must divide the "
             f"{_num_processes(run)} processes; type trainer.devices="
             f"{run.strategy.tensor_parallel_size}"
+        ),
+    ),
+    Rule(
+        _replicates_unevenly,
+        lambda run: (
+            f"strategy.num_replicas={run.strategy.num_replicas} must divide the number of data "
+            f"parallel processes, {_data_parallel_size(run)}; type strategy.num_replicas="
+            f"{math.gcd(run.strategy.num_replicas, _data_parallel_size(run) or 1)}"
         ),
     ),
 )

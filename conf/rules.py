@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from app import pip_install
 from app.errors import Refused
 
 RULE = "rule"
@@ -169,6 +170,6 @@ def require_package(module: str, choice: str, instead: str) -> None:
     """Raise ValueError unless the optional package of a preset is installed; imports nothing."""
     if find_spec(module) is None:
         raise ValueError(
-            f"{choice} needs the package {module}, which is not installed; type pip install "
-            f"'app[{EXTRAS.get(module, module)}]', or {instead}"
+            f"{choice} needs the package {module}, which is not installed; type "
+            f"{pip_install(EXTRAS.get(module, module))}, or {instead}"
         )

@@ -2,12 +2,23 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
 from .combinations import check_combinations
 from .rules import NAME, RULE, count, folder, require, text
+
+if TYPE_CHECKING:
+    from .launch.schema import Local, Slurm
+    from .precision.schema import Precision
+    from .sweep.schema import Optuna
+    from .trainer.schema import Trainer
+    from .tuner.schema import Tuner
+
+    Launch = Local | Slurm
+else:  # a slot that OmegaConf knows a type of would take no other schema
+    Launch = Optuna = Precision = Trainer = Tuner = Any
 
 
 class Resume(str, Enum):
@@ -62,16 +73,16 @@ class Train:
     clip: Any = None
     averaging: Any = None
     sharing: Any = None
-    trainer: Any = MISSING
+    trainer: Trainer = MISSING
     strategy: Any = MISSING
-    precision: Any = MISSING
+    precision: Precision = MISSING
     memory: Any = None
     compile: Any = None
     logger: Any = None
     callbacks: Any = None
-    tuner: Any = None
-    launch: Any = None
-    sweep: Any = None
+    tuner: Tuner | None = None
+    launch: Launch | None = None
+    sweep: Optuna | None = None
 
     def __post_init__(self) -> None:
         require(

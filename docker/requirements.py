@@ -1,9 +1,8 @@
 """Print what pyproject.toml requires, without the package itself: `requirements.py EXTRA,EXTRA`."""
 
 import sys
-from pathlib import Path
-
 import tomllib
+from pathlib import Path
 
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 required = project["dependencies"]

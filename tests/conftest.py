@@ -12,7 +12,9 @@ from hydra import compose, initialize_config_module
 from hypothesis import HealthCheck, settings
 from omegaconf import DictConfig, OmegaConf
 
-from app.config import check, refuse_values
+from app import conf
+from app.config import Config, check, plain, refuse_values
+from app.matrix import NEEDED
 
 for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
     # processes that tests start and signal would ignore them too, as under nohup or behind an &
@@ -28,6 +30,20 @@ SMALL = ("model.channels=4", "trainer.max_epochs=2", "trainer.limit_train_batche
          "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "callbacks.progress=null",
          "logger=csv", "data.batch_size=16", "trainer.accelerator=cpu")  # fmt: skip
 """A run of the default model that takes a tenth of a second."""
+
+
+def presets_of(group: str) -> list[str]:
+    """The presets of a group that build something, by the files that are there."""
+    files = Path(conf.__file__).parent.glob(f"{group}/*.yaml")
+    return sorted(path.stem for path in files if path.stem not in ("none", "custom"))
+
+
+def numbers_of(group: str, preset: str) -> dict[str, Any]:
+    """What the file of a preset sets, without what its schema adds."""
+    with initialize_config_module("app.conf", version_base="1.3"):
+        chosen = [f"{group}={preset}", *NEEDED.get(f"{group}={preset}", [])]
+        cfg = compose("train", ["run_dir=.", "name=numbers", *chosen])
+    return plain(cfg)[group]
 
 
 def wait_until(holds: Callable[[], bool], timeout_s: float = 120) -> None:
@@ -61,6 +77,6 @@ def composed(tmp_path: Path) -> Callable[..., DictConfig]:
 
 
 @pytest.fixture
-def checked(composed: Callable[..., DictConfig]) -> Callable[..., dict[str, Any]]:
+def checked(composed: Callable[..., DictConfig]) -> Callable[..., Config]:
     """Compose and check."""
     return lambda *overrides: check(composed(*overrides))

@@ -34,9 +34,11 @@ from app.conf.accumulate.schema import EffectiveBatch as EffectiveSchema
 from app.conf.accumulate.schema import ScheduledAccumulation as ScheduledSchema
 from app.errors import Refused
 from app.parallel.sizes import accumulation_factor
+from app.record.loggers import MetricsCsv, read_metrics
 from app.run.build import build
 from app.run.checkpoint import CheckpointFiles
-from app.run.metrics import MetricsCsv, StepMetrics, read_metrics
+from app.run.hooks import DataHooks, around_training
+from app.run.metrics import StepMetrics
 from app.run.resume import ExactResume
 from app.run.trainer import Trainer
 
@@ -426,11 +428,16 @@ class Validated(Net):
         return DataLoader(rows(2), batch_size=2)
 
 
+def attach(resume: ExactResume, model: pl.LightningModule) -> None:
+    hooks = DataHooks(model, pl.LightningDataModule())
+    hooks.around_loaders(around_training(resume.resumable))
+
+
 def continued(
     accumulation: Accumulation, *callbacks: pl.Callback, **options: Any
 ) -> tuple[Net, Watch]:
     model, watch, resume = Validated(16), Watch(), ExactResume()
-    resume.attach(model)
+    attach(resume, model)
     fit(model, accumulation, resume, watch, *callbacks, max_epochs=3, **options)
     return model, watch
 
@@ -478,7 +485,7 @@ def test_a_checkpoint_holds_gradients_only_inside_a_window(tmp_path: Path) -> No
 def test_a_run_saved_without_accumulation_goes_on_with_it(tmp_path: Path) -> None:
     def train(*callbacks: pl.Callback, **options: Any) -> tuple[Net, Watch]:
         model, watch, resume = Net(), Watch(), ExactResume()
-        resume.attach(model)
+        attach(resume, model)
         fit(model, *callbacks, resume, watch, **options)
         return model, watch
 
@@ -681,7 +688,7 @@ def test_acc_weights_add_up_over_the_ranks() -> None:
 def test_acc_resume_inside_a_window_keeps_the_gradients_of_all_ranks(tmp_path: Path) -> None:
     def train(*callbacks: pl.Callback, **options: Any) -> Net:
         model, resume = Ranks(1), ExactResume()
-        resume.attach(model)
+        attach(resume, model)
         fit_on_two_ranks(model, constant(3, "count"), resume, *callbacks, **options)
         return model
 
@@ -868,7 +875,7 @@ def test_a_refusal_reaches_the_command_line_word_for_word(checked: Callable[...,
 
 def test_the_micro_batch_is_the_datas_by_itself(checked: Callable[..., Any]) -> None:
     chosen = checked("accumulate=effective", "accumulate.batch_size=96", "data.batch_size=24")
-    assert chosen["accumulate"]["micro_batch_size"] == 24
+    assert chosen.accumulate.micro_batch_size == 24
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Weight averaging: the average is what is evaluated, saved, delivered and resumed."""
 
 import math
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanSquaredError
 
-from app import averaging
-from app.averaging import Averaging, Ema, Swa, Uniform
+from app import conf
+from app.averaging import Averaging, AveragingTrainer, Uniform
 from app.averaging.rules import annealed, decay_of, first_epoch
 from app.averaging.shadow import Shadow
+from app.conf.averaging.schema import Averaging as AveragingSchema
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{text}")
@@ -119,50 +121,35 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
-def ema(**changes: Any) -> Ema:
-    arguments = {
-        "decay": 0.5,
-        "half_life_steps": None,
-        "horizon": 0.05,
-        "warmup": False,
-        "warmup_gamma": 1.0,
-        "warmup_power": 0.75,
-        "start_epoch": None,
-        "start_step": None,
-        "every_n_steps": 1,
-        "validate": "averaged",
-        "bn_batches": None,
-    }
-    return Ema(**(arguments | changes))
+def composed(*overrides: str) -> Any:
+    with initialize_config_module("app.conf", version_base="1.3"):
+        return compose(overrides=[f"+{overrides[0]}", *overrides[1:]]).averaging
 
 
-def uniform(**changes: Any) -> Uniform:
-    arguments = {
-        "start_epoch": None,
-        "start_step": None,
-        "every_n_steps": 1,
-        "validate": "averaged",
-        "bn_batches": None,
-    }
-    return Uniform(**(arguments | changes))
+FOLDER = Path(conf.__file__).parent / "averaging"
+PRESETS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "none")
+SHORT = {"ema": {"decay": 0.5}, "swa": {"lr": None, "anneal_epochs": 1}}
+"""What a preset takes to act in a run of sixteen steps, and to leave the raw weights alone."""
 
 
-def swa(**changes: Any) -> Swa:
-    arguments = {
-        "start": 0.5,
-        "start_step": None,
-        "lr": None,
-        "anneal_epochs": 1,
-        "anneal_steps": None,
-        "anneal_strategy": "cos",
-        "every_n_steps": None,
-        "validate": "averaged",
-        "bn_batches": None,
-    }
-    return Swa(**(arguments | changes))
+@cache
+def settings_of(preset: str) -> dict[str, Any]:
+    return OmegaConf.to_container(composed(f"averaging={preset}"))
 
 
-RULES = {"ema": ema, "uniform": uniform, "swa": swa}
+def made(preset: str, **changes: Any) -> Averaging:
+    """The average of a preset, as its YAML has it, but for what a short run needs."""
+    settings = settings_of(preset) | {"bn_batches": None} | SHORT.get(preset, {}) | changes
+    return instantiate(settings, _convert_="all")
+
+
+def of_class(kind: type[Uniform], **changes: Any) -> Uniform:
+    """An average by a rule of one's own, with the settings of `averaging=uniform`."""
+    settings = settings_of("uniform") | {"bn_batches": None} | changes
+    return kind(**{key: value for key, value in settings.items() if key != "_target_"})
+
+
+ema, uniform, swa = (partial(made, preset) for preset in ("ema", "uniform", "swa"))
 
 
 def trainer_for(tmp_path: Path, *callbacks: Callback, **changes: Any) -> pl.Trainer:
@@ -177,7 +164,7 @@ def trainer_for(tmp_path: Path, *callbacks: Callback, **changes: Any) -> pl.Trai
         "num_sanity_val_steps": 2,
         "inference_mode": True,
     }
-    return pl.Trainer(callbacks=list(callbacks), **(arguments | changes))
+    return AveragingTrainer(callbacks=list(callbacks), **(arguments | changes))
 
 
 def mean(models: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -286,11 +273,27 @@ def test_a_rule_of_ones_own_overrides_should_update(tmp_path):
             return not epoch_end and step % NUM_BATCHES == 0
 
     model, recorder = Model(), Recorder()
-    rule = FirstOfEach(
-        start_epoch=None, start_step=None, every_n_steps=1, validate="averaged", bn_batches=None
-    )
+    rule = of_class(FirstOfEach)
     trainer_for(tmp_path, recorder, rule).fit(model, data(), data())
     assert_same(mean(recorder.steps[::NUM_BATCHES]), weights(model))
+
+
+def test_a_rule_may_keep_more_than_an_average(tmp_path):
+    model, recorder = Model(), Recorder()
+    trainer_for(tmp_path, recorder, RESUMED["last models"]()).fit(model, data(), data())
+    assert_same(mean(recorder.steps[-3:]), weights(model))
+
+
+def test_a_rule_may_choose_what_it_averages(tmp_path):
+    class Weights(Uniform):
+        def averages(self, name: str, tensor: Tensor) -> bool:
+            return name.endswith("weight")
+
+    model, recorder = Model(), Recorder()
+    rule = of_class(Weights)
+    trainer_for(tmp_path, recorder, rule).fit(model, data(), data())
+    assert_same({"net.weight": mean(recorder.steps)["net.weight"]}, weights(model))
+    assert torch.equal(model.net.bias, recorder.steps[-1]["net.bias"])
 
 
 # ------------------------------------------------------------------------------------ the avg- rows
@@ -328,7 +331,7 @@ def test_avg_never_started_delivers_the_trained_weights_and_says_so(tmp_path, ru
     assert_same(recorder.steps[-1], weights(model), exact=True)
     content = read(saver.best_model_path)
     assert_same(recorder.steps[-1], content["state_dict"], exact=True)
-    assert "raw_weights" not in content
+    assert "raw" not in content
     text = "in 16 optimizer steps and 4 epochs, so the run delivers its raw weights"
     assert any(text in str(warning.message) for warning in caught)
 
@@ -345,9 +348,9 @@ def test_avg_before_start_validates_and_saves_the_raw_weights(tmp_path):
     assert_same(mean(recorder.ends[2:]), read(tmp_path / "epoch=3.ckpt")["state_dict"])
 
 
-@pytest.mark.parametrize("kind", RULES)
-def test_avg_reuse_begins_anew_with_every_fit(tmp_path, kind):
-    rule = RULES[kind]()
+@pytest.mark.parametrize("preset", PRESETS)
+def test_avg_reuse_begins_anew_with_every_fit(tmp_path, preset):
+    rule = made(preset)
     delivered = []
     for _ in range(2):
         model, recorder = Model(), Recorder()
@@ -403,15 +406,15 @@ def test_avg_two_optimizers_accumulated_and_skipped_batches_are_no_steps(tmp_pat
     assert rule.step_metrics() == {"averaged_models": 4.0}
 
 
-@pytest.mark.parametrize("kind", RULES)
-def test_avg_weights_only_files_hold_the_average(tmp_path, kind):
+@pytest.mark.parametrize("preset", PRESETS)
+def test_avg_weights_only_files_hold_the_average(tmp_path, preset):
     model, recorder = Model(), Recorder()
     saver = ModelCheckpoint(tmp_path, save_weights_only=True)
-    trainer_for(tmp_path, recorder, RULES[kind](), saver).fit(model, data(), data())
+    trainer_for(tmp_path, recorder, made(preset), saver).fit(model, data(), data())
     content = read(saver.best_model_path)
     assert_same(content["state_dict"], weights(model), exact=True)
     assert differ(content["state_dict"], recorder.steps[-1])
-    assert "raw_weights" not in content
+    assert "raw" not in content
 
 
 def test_avg_start_epoch_has_an_effect(tmp_path):
@@ -431,12 +434,12 @@ def test_avg_int_buffers_and_frozen_parameters_are_shared(tmp_path):
     assert model.net[1].running_mean.ne(recorder.steps[-1]["net.1.running_mean"]).all()
 
 
-@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("kind", ["ema", "swa", "uniform"])
 def test_avg_low_precision_keeps_a_float32_average_and_rounds_nothing(tmp_path, kind):
     model, recorder = Model(lr=1e-2).to(torch.bfloat16), Recorder()
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
     trainer = trainer_for(
-        tmp_path, recorder, RULES[kind](), saver, precision="bf16-true", val_check_interval=2
+        tmp_path, recorder, made(kind), saver, precision="bf16-true", val_check_interval=2
     )
     trainer.fit(model, data(), data())
     wide = [{name: tensor.float() for name, tensor in step.items()} for step in recorder.steps]
@@ -454,7 +457,7 @@ def test_avg_low_precision_keeps_a_float32_average_and_rounds_nothing(tmp_path, 
     for one, other in zip(recorder.steps, plain_recorder.steps, strict=True):
         assert_same(one, other, exact=True)
     if kind != "swa":
-        average = read(tmp_path / "step=3.ckpt")["averaged_weights_float32"]["net.weight"]
+        average = read(tmp_path / "step=3.ckpt")["averages"]["average"]["net.weight"]
         assert average.dtype == torch.float32
         torch.testing.assert_close(
             average, (ema_of if kind == "ema" else mean)(wide[:3])["net.weight"]
@@ -500,9 +503,37 @@ def test_avg_swap_is_undone_by_an_exception_in_validation(tmp_path, error):
     trainer.save_checkpoint(tmp_path / "after.ckpt")
     content = read(tmp_path / "after.ckpt")
     assert_same(recorder.validated[-1], content["state_dict"], exact=True)
-    assert_same(content["raw_weights"], weights(model), exact=True)
+    assert_same(content["raw"]["state_dict"], weights(model), exact=True)
     fresh = Model()
     trainer_for(tmp_path, ema()).fit(fresh, data(), data(), ckpt_path=tmp_path / "after.ckpt")
+
+
+class Stateful(DataLoader):
+    """Knows its position; no shuffling."""
+
+    served = skip = 0
+
+    def __iter__(self) -> Any:
+        skip, self.skip = self.skip % NUM_BATCHES, 0
+        for index, batch in enumerate(super().__iter__()):
+            if index >= skip:
+                self.served = index + 1
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"served": self.served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skip = state["served"]
+
+
+class Last(Uniform):
+    """The mean of the last three models, which no single step from the last mean leads to."""
+
+    def update(self, shadow: Shadow, *, num_updates: int) -> None:
+        shadow.keep(str(num_updates % 3))
+        kept = [label for label in shadow.sets if label.isdigit()]
+        shadow.combine(dict.fromkeys(kept, 1 / len(kept)))
 
 
 class Drop(Model):
@@ -517,6 +548,8 @@ class Drop(Model):
 
 
 RESUMED = {
+    **{preset: partial(made, preset) for preset in PRESETS},
+    "last models": lambda: of_class(Last, start_step=1, bn_batches=2),
     "ema": lambda: ema(start_step=3),
     "uniform": lambda: uniform(start_step=2, every_n_steps=2, bn_batches=2),
     "swa": lambda: swa(start=1, lr=0.02, anneal_epochs=2, bn_batches=2),
@@ -530,28 +563,10 @@ RESUMED = {
 @pytest.mark.parametrize("kind", RESUMED)
 @pytest.mark.parametrize("step", [2, 4, 7, 8, 10, 12])
 def test_avg_resume_is_bit_exact_at_an_epochs_end_and_inside_it(tmp_path, kind, step, precision):
-    class Stateful(DataLoader):
-        """Knows its position; no shuffling."""
-
-        served = skip = 0
-
-        def __iter__(self) -> Any:
-            skip, self.skip = self.skip % NUM_BATCHES, 0
-            for index, batch in enumerate(super().__iter__()):
-                if index >= skip:
-                    self.served = index + 1
-                    yield batch
-
-        def state_dict(self) -> dict[str, int]:
-            return {"served": self.served}
-
-        def load_state_dict(self, state: dict[str, int]) -> None:
-            self.skip = state["served"]
-
     def fit(resume: Path | None) -> tuple[dict[str, Tensor], dict[str, Tensor], Recorder]:
         model, recorder = Drop(), Recorder()
-        if precision == "64-true" and (step == 2 or "swa" in kind):
-            model.double()  # without an average, Lightning rounds what it loads
+        if precision == "64-true":
+            model.double()  # or Lightning rounds what it loads, where no ExactResume is
         saver = ModelCheckpoint(
             tmp_path / str(resume is None), every_n_train_steps=1, save_top_k=-1, filename="{step}"
         )
@@ -561,7 +576,7 @@ def test_avg_resume_is_bit_exact_at_an_epochs_end_and_inside_it(tmp_path, kind, 
         train = Stateful(data().dataset, batch_size=8)
         trainer.fit(model, train, data(), ckpt_path=resume)
         last = read(tmp_path / str(resume is None) / "step=16.ckpt")
-        return weights(model), last["raw_weights"], recorder
+        return weights(model), last["raw"]["state_dict"], recorder
 
     average, raw, recorder = fit(None)
     again, raw_again, resumed = fit(tmp_path / "True" / f"step={step}.ckpt")
@@ -678,7 +693,7 @@ def test_swa_early_end_delivers_the_average_with_the_last_weights(tmp_path, call
     ends = recorder.ends if complete else [*recorder.ends, last]
     assert_same(mean(ends[1:]), weights(model))
     content = read(tmp_path / "last.ckpt")
-    assert_same(last, content["raw_weights"], exact=True)
+    assert_same(last, content["raw"]["state_dict"], exact=True)
     if "val_check_interval" not in changes:  # there Lightning's last file is of that validation
         assert_same(mean(ends[1:]), content["state_dict"])
 
@@ -692,7 +707,7 @@ def test_swa_checkpoint_holds_the_average_and_the_raw_weights_beside_it(tmp_path
         content = read(tmp_path / f"epoch={epoch}.ckpt")
         average = mean(recorder.ends[1 : epoch + 1])
         assert_same(average, content["state_dict"])
-        assert_same(recorder.ends[epoch], content["raw_weights"], exact=True)
+        assert_same(recorder.ends[epoch], content["raw"]["state_dict"], exact=True)
         assert_same(average, recorder.validated[epoch * NUM_BATCHES])
     [metrics] = trainer.validate(model, data(), ckpt_path="best", verbose=False)
     assert metrics["val_loss"] == pytest.approx(float(saver.best_model_score))
@@ -730,7 +745,7 @@ def test_swa_iterable_data_gives_the_average_its_batchnorm_statistics(tmp_path, 
     assert model.net[1].momentum == 0.1
     content = read(tmp_path / "last.ckpt")
     assert_same(content["state_dict"], weights(model), exact=True)
-    assert_same(content["raw_weights"], recorder.steps[-1], exact=True)
+    assert_same(content["raw"]["state_dict"], recorder.steps[-1], exact=True)
     assert_same(recorder.validated[-1], weights(model), exact=True)
 
 
@@ -945,19 +960,13 @@ def test_two_averages_in_one_run_are_refused(tmp_path):
 # ------------------------------------------------------------------------------------ configuration
 
 
-def composed(*overrides: str) -> Any:
-    with initialize_config_module("app.conf", version_base="1.3"):
-        return compose(overrides=[f"+{overrides[0]}", *overrides[1:]]).averaging
-
-
-@pytest.mark.parametrize("preset", ["ema", "swa", "uniform"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_becomes_its_class(preset):
     config = composed(f"averaging={preset}")
-    OmegaConf.to_object(config)
-    made = instantiate(config)
-    assert isinstance(made, Averaging)
-    assert type(made) is getattr(averaging, preset.capitalize())
-    assert made.validate == "averaged"
+    schema = type(OmegaConf.to_object(config))
+    assert issubclass(schema, AveragingSchema)
+    assert isinstance(made(preset), Averaging)
+    assert type(made(preset)).__name__ == schema.__name__
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 
+from app import conf
 from app.cli import REFUSALS, explain
 from app.errors import Refused
 from app.run.build import build
 
+AVERAGES = "|".join(
+    sorted({p.stem for p in (Path(conf.__file__).parent / "averaging").glob("*.yaml")} - {"none"})
+)
 KEYS = {
     ("clip.maxnorm=1",): "clip.maxnorm is not a key; did you mean clip.max_norm?",
     ("clipp=norm",): "clipp is not a key; did you mean clip?",
@@ -24,9 +28,9 @@ KEYS = {
     ("clip.nonfinite=ignore",): "clip.nonfinite: invalid value 'ignore', expected one of [skip, "
     "error, clip]",
     ("averaging.decay=0.9",): "averaging.decay has no effect: averaging is off; choose "
-    "averaging=ema|swa|uniform as well",
+    f"averaging={AVERAGES} as well",
     ("averaging=none", "++averaging.decay=0.9"): "averaging.decay has no effect: averaging is off; "
-    "choose averaging=ema|swa|uniform as well",
+    f"choose averaging={AVERAGES} as well",
     ("model=custom",): "model._target_ is required; type model._target_=VALUE",
     ("+seeed=1",): "seeed is not a key; did you mean seed?",
     ("+clip.maxnorm=1",): "clip.maxnorm is not a key; did you mean clip.max_norm?",
@@ -120,8 +124,10 @@ COMBINATIONS = {
     "model=graphsage takes; choose it, or type 'data.fanouts=[]'",
     ("trainer.devices=2",): "trainer.devices=2 and trainer.num_nodes=1 need a strategy of several "
     "processes; type strategy=ddp",
-    ("strategy=tp_fsdp2", "trainer.devices=3"): "strategy.tensor_parallel_size=2 must divide the 3 "
+    ("strategy=tp_fsdp", "trainer.devices=3"): "strategy.tensor_parallel_size=2 must divide the 3 "
     "processes; type trainer.devices=2",
+    ("strategy=fsdp", "trainer.devices=6", "strategy.num_replicas=4"): "strategy.num_replicas=4 "
+    "must divide the number of data parallel processes, 6; type strategy.num_replicas=2",
     ("strategy=ddp", "trainer.sync_batchnorm=true", "trainer.accelerator=cpu"):
     "trainer.sync_batchnorm needs GPUs: trainer.accelerator=cpu has no synchronized BatchNorm; "
     "type trainer.sync_batchnorm=false",
@@ -188,8 +194,8 @@ def test_an_optimizer_for_a_model_that_steps_its_own_is_refused(
 
 @pytest.mark.parametrize("key", ["model", "data"])
 def test_a_target_of_another_kind_is_refused(checked: Callable[..., Any], key: str) -> None:
-    config = checked("model.in_features=40", "model.num_classes=10") | {
-        key: {"_target_": "collections.OrderedDict"}
-    }
+    config = checked("model.in_features=40", "model.num_classes=10").but(
+        **{key: {"_target_": "collections.OrderedDict"}}
+    )
     with pytest.raises(Refused, match=f"^{key}._target_ must be a Lightning"):
         build(config, [])

@@ -3,13 +3,15 @@
 import math
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import refuse
+from conftest import numbers_of, presets_of, refuse
+from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
@@ -128,7 +130,14 @@ def percentile(**changes: Any) -> PercentileClip:
     return PercentileClip(**{"percentile": 30.0, "history": None, "nonfinite": "skip", **changes})
 
 
+def of_preset(preset: str, **changes: Any) -> Clip:
+    """A rule with the numbers of its file."""
+    rule: Clip = instantiate({**numbers_of("clip", preset), **changes})
+    return rule
+
+
 RULES = [norm, value, adaptive, percentile]
+EVERY = [pytest.param(partial(of_preset, name), id=name) for name in presets_of("clip")]
 
 
 def total(grads: dict[str, Tensor], p: float = 2.0) -> float:
@@ -292,7 +301,7 @@ def test_adaptive_refuses_a_sparse_gradient_unless_it_is_left_alone() -> None:
 # Manual optimization
 
 
-@pytest.mark.parametrize("make", RULES)
+@pytest.mark.parametrize("make", EVERY)
 def test_each_optimizer_is_clipped_and_reported_by_itself(make: Callable[..., Clip]) -> None:
     before, rule = Watch(), make()
     fit(Manual(1.0, 3.0), before, rule)
@@ -358,7 +367,7 @@ class Snapshot(Callback):
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf])
-@pytest.mark.parametrize("make", RULES)
+@pytest.mark.parametrize("make", EVERY)
 def test_clip_norm_lost_a_skipped_step_changes_no_weight_and_no_optimizer_state(
     make: Callable[..., Clip], scale: float
 ) -> None:
@@ -374,7 +383,7 @@ def test_clip_norm_lost_a_skipped_step_changes_no_weight_and_no_optimizer_state(
     assert rule.step_metrics() == {}
 
 
-@pytest.mark.parametrize("make", RULES)
+@pytest.mark.parametrize("make", EVERY)
 def test_clip_norm_lost_an_error_says_where(make: Callable[..., Clip]) -> None:
     with pytest.raises(FloatingPointError) as caught:
         fit(Net(1.0, math.nan), make(nonfinite="error"))
@@ -391,7 +400,7 @@ class Hole(Net):
         self.head.weight.grad[0, 0] = math.nan
 
 
-@pytest.mark.parametrize("make", RULES)
+@pytest.mark.parametrize("make", EVERY)
 def test_clip_norm_lost_non_finite_elements_count_as_zero(make: Callable[..., Clip]) -> None:
     before, after, rule = Watch(), Watch(), make(nonfinite="clip")
     fit(Hole(100.0), before, rule, after)

@@ -12,11 +12,10 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.core.utils import setup_globals
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, Node
 
 from app.cli import VERSION_BASE, groups
-from app.sweep import composing
-from app.sweep.composing import Composer, is_same
+from app.sweep.composing import Composer
 
 PRESETS = {group: presets for group, (presets, _) in groups().items()}
 ROUNDS = max(map(len, PRESETS.values()))
@@ -62,10 +61,10 @@ class Loaders:
     def ours(self, *typed: str) -> Any:
         """As a sweeper validates a job, and a launcher composes it: the configuration, or the error
         with its cause."""
-        made = _outcome(self.loader.load_sweep_config, self.sweep, typed)
+        made = _outcome(self.composer.load_sweep_config, self.sweep, typed)
         if isinstance(made, DictConfig):
             made.name = "changed"  # the caller's own
-        return _outcome(self.composer.compose, self.sweep, typed)
+        return _outcome(self.composer.load_sweep_config, self.sweep, typed)
 
     def assert_same(self, *typed: str) -> Any:
         """What both come to."""
@@ -76,6 +75,18 @@ class Loaders:
         else:
             assert ours == theirs, typed
         return theirs
+
+
+def is_same(one: Node, other: Node) -> bool:
+    """Whether two nodes have the same values, unresolved, and the same types and flags."""
+    if type(one) is not type(other) or one._metadata != other._metadata:
+        return False
+    mine, theirs = one._value(), other._value()
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        return list(mine) == list(theirs) and all(is_same(mine[k], theirs[k]) for k in mine)
+    if isinstance(mine, list) and isinstance(theirs, list):
+        return len(mine) == len(theirs) and all(map(is_same, mine, theirs))
+    return repr(mine) == repr(theirs)  # equal numbers of another type are not the same
 
 
 def _outcome(compose: Any, sweep: DictConfig, typed: Sequence[str]) -> Any:
@@ -151,28 +162,51 @@ def test_jobs_that_change_the_settings_of_hydra_are_composed_in_full(loaders: Lo
             assert loaders.in_full[-1] == [typed, f"seed={seed}"]
 
 
-def test_a_set_of_presets_is_composed_in_full_once_and_once_more_with_its_first_values() -> None:
+def test_what_comes_before_the_values_is_composed_in_full_once() -> None:
     loaders = Loaders()
     for averaging in ("ema", "swa"):
         for seed in range(5):
-            loaders.ours(f"averaging={averaging}", f"seed={seed}", "+model.extra=1")
+            loaders.ours("+model.extra=1", f"seed={seed}", f"averaging={averaging}")
     for clip in ("value", "none"):
         loaders.ours(f"clip={clip}")
+    for seed in (1, 2):
+        loaders.ours(f"seed={seed}", "++model.extra=1")
     assert loaders.in_full == [
-        ["averaging=ema", "seed=0", "+model.extra=1"], ["averaging=ema"],
-        ["averaging=swa", "seed=0", "+model.extra=1"], ["averaging=swa"],
+        ["+model.extra=1", "averaging=ema"], ["+model.extra=1", "averaging=swa"],
         ["clip=value"], ["clip=none"],
+        ["seed=1", "++model.extra=1"], ["seed=2", "++model.extra=1"],
     ]  # fmt: skip
 
 
-def test_where_the_first_job_cannot_be_made_the_others_are_composed_in_full(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+# sweeps as they are typed in the documentation of Hydra, in templates and by users
+@pytest.mark.parametrize(
+    "jobs",
+    [
+        [("optimizer=adam", "optimizer.lr=0.001"), ("optimizer=sgd", "optimizer.lr=0.01")],
+        [("+experiment=ema", "seed=1"), ("+experiment=ema", "seed=2")],
+        [("experiment=ema", "averaging.decay=0.9"), ("experiment=swa", "averaging.start=0.5")],
+        [("data.batch_size=16", "model.channels=8", "~callbacks.progress")] * 2,
+        [("callbacks.early_stopping=null",), ("callbacks=early_stopping",), ("callbacks=none",)],
+        [("model.kernel_sizes=[3,3]",), ("model.kernel_sizes='[5,3]'",), ("model={channels: 3}",)],
+        [("name='run-${seed}'", "seed=3"), ("name=${model._target_}", "seed=4")],
+        [("trainer.max_epochs=1", "trainer.max_epochs=2"), ("trainer.max_epochs=2",) * 2],
+        [("logger=csv", "logger@logger.second=csv"), ("logger=csv", "+logger@here=tensorboard")],
+        [("optimizer.lr=1e-3", "hydra.job.chdir=true"), ("optimizer.lr=1e-2", "hydra.verbose=1")],
+        [("name=a=b", "seed=5"), ("name='a,b'", "seed=6"), ("name=''", "seed=7"), ("name=",)],
+        [("launch.retries=1", "seed=1"), ("launch=none", "seed=1"), ("launch=slurm", "seed=2")],
+    ],
+)
+def test_sweeps_as_others_type_them_are_those_that_hydra_composes(jobs: Any) -> None:
     loaders = Loaders()
-    monkeypatch.setattr(composing, "get_overrides_dirname", lambda **_: "another")
-    for seed in (1, 2, 3):
-        loaders.assert_same(f"seed={seed}")
-    assert loaders.in_full[-2:] == [["seed=3"], ["seed=3"]]
+    for typed in jobs:
+        loaders.assert_same(*typed)
+
+
+def test_a_loader_that_has_a_composer_in_its_place_answers_as_before() -> None:
+    loaders = Loaders()
+    for name in ("get_group_options", "list_groups"):
+        assert getattr(loaders.composer, name)("clip") == getattr(loaders.theirs, name)("clip")
+    assert loaders.composer.get_search_path() is loaders.loader.get_search_path()
 
 
 def test_a_job_shares_what_the_sweep_has_resolved_before_it(loaders: Loaders) -> None:
@@ -194,4 +228,4 @@ def test_presets_of_ones_own_are_told_from_values(tmp_path: Path) -> None:
         typed = ("+mine=one", f"trainer.max_epochs={epochs}", "clip=half")
         cfg = loaders.assert_same(*typed)
         assert (cfg.seed, cfg.clip.max_norm, cfg.trainer.max_epochs) == (7, 0.5, epochs)
-    assert len(loaders.in_full) == 2
+    assert len(loaders.in_full) == 1

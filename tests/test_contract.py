@@ -1,11 +1,14 @@
 """Schema, YAML and class say the same: for everything that is discovered under conf/."""
 
 import dataclasses
+import enum
 import inspect
 import math
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -70,7 +73,12 @@ def test_a_number_has_a_range_with_two_ends(shape: Any) -> None:
 def test_a_preset_names_its_schema_first_and_every_setting_of_it(preset: Path) -> None:
     content = yaml.safe_load(preset.read_text())
     group, name = preset.parent.name, preset.stem
-    assert f"/schema/{group}/{name}@_here_" in content.pop("defaults")
+    defaults = content.pop("defaults")
+    assert f"/schema/{group}/{name}@_here_" in defaults
+    for part in defaults:
+        if str(part).startswith("parts/") and part.endswith("@_here_"):
+            path = preset.parent / part.replace("@_here_", ".yaml")
+            content = yaml.safe_load(path.read_text()) | content
     shape = shape_of(preset)
     required = {n for n, field in settings(shape).items() if field.default is MISSING}
     assert set(content) - {"_target_"} <= set(settings(shape))
@@ -79,16 +87,10 @@ def test_a_preset_names_its_schema_first_and_every_setting_of_it(preset: Path) -
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_class_takes_just_what_its_schema_says(preset: Path) -> None:
-    shape = shape_of(preset)
-    for name, kind in [(shape.__name__, shape), *_nested(shape)]:
-        target = getattr(kind, "_target_", None) or yaml.safe_load(preset.read_text()).get(
-            "_target_"
-        )
-        if target is None or target is MISSING or target == MISSING:
-            continue
-        found = get_object(target)
+    for name, kind in _targeted(preset):
+        found = get_object(kind._target_)
         parameters = inspect.signature(found).parameters
-        if target.startswith("app."):
+        if kind._target_.startswith("app."):
             own = {n: p for n, p in parameters.items() if n not in GIVEN_BY_BUILD}
             assert set(own) == set(settings(kind)), name
             assert all(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in own.values()), (
@@ -97,6 +99,41 @@ def test_a_class_takes_just_what_its_schema_says(preset: Path) -> None:
             assert found.__name__.replace("_", "").lower() == kind.__name__.lower()
         else:
             assert set(settings(kind)) <= set(parameters), name
+
+
+RESOLVED = {"micro_batch_size": type(None), "devices": str}
+"""What a schema allows and the run has replaced before its class is made."""
+
+
+def kinds(hint: Any) -> frozenset[Any]:
+    """The types in an annotation; a choice of words is a text, and any sequence a list."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return frozenset().union(*map(kinds, arguments))
+    if inspect.isclass(hint) and issubclass(hint, enum.Enum):
+        return frozenset({str})
+    if origin in (list, Sequence):
+        return frozenset({("list", *map(kinds, arguments))})
+    return frozenset({origin or hint})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_class_takes_the_types_that_its_schema_says(preset: Path) -> None:
+    for name, kind in _targeted(preset):
+        found = get_object(kind._target_)
+        hints = get_type_hints(found.__init__ if inspect.isclass(found) else found)
+        for key, ours in get_type_hints(kind).items():
+            if key in settings(kind) and Any not in (ours, hints.get(key, Any)):
+                allowed, taken = kinds(ours) - {RESOLVED.get(key)}, kinds(hints[key])
+                assert allowed == taken if kind._target_[:4] == "app." else allowed <= taken, (
+                    f"{name}.{key}"
+                )
+
+
+def test_a_schema_of_a_number_against_a_class_of_a_text_is_seen() -> None:
+    assert kinds(float | None) != kinds(str | None)
+    assert kinds(list[int]) != kinds(Sequence[float])
+    assert kinds(list[int]) == kinds(Sequence[int])
 
 
 GIVEN_BY_BUILD = {"strategy", "precision", "matmul", "run_dir", "callbacks", "loggers",
@@ -111,3 +148,11 @@ def _nested(shape: Any) -> list[tuple[str, Any]]:
         for name, kind in declared.items()
         if dataclasses.is_dataclass(kind)
     ]
+
+
+def _targeted(preset: Path) -> Iterator[tuple[str, Any]]:
+    """The schemas of a preset that name a class, itself or in its fields."""
+    shape = shape_of(preset)
+    for name, kind in [(shape.__name__, shape), *_nested(shape)]:
+        if getattr(kind, "_target_", MISSING) != MISSING:
+            yield name, kind

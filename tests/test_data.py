@@ -154,7 +154,7 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(Refused) as error:
         data.setup("fit")
-    assert str(error.value) == "data=digits needs scikit-learn: pip install 'app[digits]'"
+    assert str(error.value) == "data=digits needs scikit-learn; type pip install -e '.[digits]'"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,6 @@ def test_torch_is_a_layer_that_only_its_own_pin_renews() -> None:
 
 
 def test_the_requirements_are_those_of_pyproject() -> None:
-    if sys.version_info < (3, 11):
-        pytest.skip("tomllib came with Python 3.11, which the image has")
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
     def printed(extras: str) -> list[str]:

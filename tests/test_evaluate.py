@@ -25,18 +25,18 @@ REFUSED = {
 @pytest.mark.parametrize("word", REFUSED)
 def test_what_the_run_could_not_have_had_is_refused(checked: Callable[..., Any], word: str) -> None:
     with pytest.raises(Refused) as refusal:
-        overridden(checked(), [word])
+        overridden(checked().plain, [word])
     assert str(refusal.value) == REFUSED[word]
 
 
 @pytest.mark.parametrize(
     "typed",
     ["averaging=swa", "accumulate=constant", "scheduler=plateau", "optimizer=adamw", "model=mlp",
-     "clip=percentile", "callbacks=early_stopping", "logger=tensorboard", "strategy=fsdp2",
+     "clip=percentile", "callbacks=early_stopping", "logger=tensorboard", "strategy=fsdp",
      "data=digits", "sharing=mmap", "tuner=full", "precision=bf16"],
 )  # fmt: skip
 def test_every_value_of_a_run_may_be_typed_again(checked: Callable[..., Any], typed: str) -> None:
-    config = checked(typed)
+    config = checked(typed).plain
     group = typed.partition("=")[0]
     words = [
         f"{group}.{key}={value}"

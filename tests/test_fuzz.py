@@ -58,7 +58,7 @@ BASES = {
     "memory=checkpointing": ("memory.min_parameters=10",),
     "compile=default": (),
     "strategy=ddp": (),
-    "strategy=tp_fsdp2": ("trainer.devices=2",),
+    "strategy=tp_fsdp": ("trainer.devices=2",),
     "launch=local": (),
     "launch=slurm": (),
     "sweep=optuna": (),

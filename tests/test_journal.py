@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,10 +17,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from app.errors import Refused
+from app.launch import apart
+from app.launch.slots import VISIBLE, Slots, find_slots
+from app.record.states import State
 from app.sweep.folder import SweepFolder, claim, hash_of
 from app.sweep.journal import Job, Journal
 from app.sweep.progress import Progress, duration, labels, table
-from app.sweep.slots import VISIBLE, Slots, find_slots
 
 WRITER = """
 import sys
@@ -79,7 +81,7 @@ def test_later_events_win_and_an_error_belongs_to_its_attempt(tmp_path: Path) ->
     )
     sweep = journal.read()
     assert sweep is not None
-    assert sweep.jobs == {3: Job(job=3, overrides=["seed=1"], state="running", attempt=2)}
+    assert sweep.jobs == {3: Job(job=3, overrides=["seed=1"], state=State.running, attempt=2)}
 
 
 def test_jobs_are_known_again_by_what_was_typed_whatever_their_order(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def begun(cfg: DictConfig) -> SweepFolder:
     """The folder of a sweep of two jobs, of which one is finished."""
     folder, definition = claim(cfg)
     first, _ = folder.add(definition, [["seed=1"], ["seed=2"]])
-    first.state = "finished"
+    first.state = State.finished
     folder.note(first)
     return folder
 
@@ -146,7 +148,7 @@ def test_the_unfinished_sweep_of_the_same_definition_goes_on_unless_anew_or_held
     assert another.path != held.path
     sweep = same.journal.read()
     assert sweep is not None
-    sweep.jobs[1].state = "cancelled"
+    sweep.jobs[1].state = State.cancelled
     same.note(sweep.jobs[1])  # so that nothing is left to do, of which nobody was told
     untold, _ = claim(sweeping(STAMPED, "seed=1,2"))
     assert untold.path == held.path
@@ -290,11 +292,18 @@ def test_cores_are_shared_by_jobs_that_want_more_and_hide_no_gpu(
 
 def test_tables_show_what_tells_the_jobs_apart() -> None:
     jobs: list[Any] = [
-        Job(job=0, overrides=["seed=1", "clip=norm"], state="finished", attempt=1, seconds=1.25),
-        Job(job=1, overrides=["seed=2", "clip=norm"], state="failed", error="ValueError: no\nmore"),
+        Job(
+            job=0, overrides=["seed=1", "clip=norm"], state=State.finished, attempt=1, seconds=1.25
+        ),
+        Job(
+            job=1,
+            overrides=["seed=2", "clip=norm"],
+            state=State.failed,
+            error="ValueError: no\nmore",
+        ),
     ]
     assert labels(jobs) == {0: "seed=1", 1: "seed=2"}
-    assert labels(jobs[:1]) == {0: "seed=1 clip=norm"}
+    assert labels(jobs[:1]) == {0: "seed=1 b=1"}
     assert table(jobs).splitlines() == [
         "job  state     attempt  device  seconds  overrides",
         "0    finished  1                1.2      seed=1",
@@ -312,7 +321,7 @@ def test_the_time_left_is_that_of_all_slots_together(
     progress = Progress(jobs)
 
     def ended(number: int, *, waiting: int) -> str:
-        jobs[number].state = "finished"
+        jobs[number].state = State.finished
         progress.ended(jobs[number], waiting=waiting)
         return capsys.readouterr().out
 
@@ -327,3 +336,36 @@ def test_the_time_left_is_that_of_all_slots_together(
     now[0] = 20.0
     assert ended(2, waiting=0).endswith("[3/6 done, 1 running, 0 failed, about 2 s left]\n")
     assert ended(3, waiting=0).endswith("[4/6 done, 0 running, 0 failed]\n")
+
+
+class Noting:
+    """A callback of Hydra's as others write it, which may fail."""
+
+    heard: ClassVar[list[str]] = []
+
+    def __init__(self, name: str, fails: bool = False) -> None:
+        self.name, self.fails = name, fails
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.heard.append(f"{self.name} start {kwargs['task_function'].__name__}")
+        if self.fails:
+            raise LookupError("no server")
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        self.heard.append(f"{self.name} end {job_return.return_value}")
+
+
+def test_hydras_callbacks_hear_of_a_job_and_one_that_fails_only_warns(
+    sweeping: Sweeping, tmp_path: Path
+) -> None:
+    def task(cfg: DictConfig) -> float:
+        return float(cfg.seed)
+
+    one, other = ({"_target_": "test_journal.Noting", "name": name} for name in ("one", "other"))
+    cfg = sweeping("hydra.sweep.dir=sweep", "hydra.sweep.subdir='0'", "seed=3")
+    log = {"_target_": "hydra.experimental.callbacks.LogJobReturnCallback"}
+    cfg.hydra.callbacks = {"one": one, "log": log, "other": {**other, "fails": True}}
+    with pytest.warns(UserWarning, match="^Callback Noting.on_job_start raised LookupError: no s"):
+        outcome = apart._outcome(task, cfg, tmp_path / "sweep/0")
+    assert (outcome.state, outcome.value) == (State.finished, 3.0)
+    assert Noting.heard == ["one start task", "other start task", "other end 3.0", "one end 3.0"]

@@ -20,19 +20,18 @@ from test_report import write_run
 
 from app.errors import Refused, Unreadable
 from app.process import files
+from app.record.folder import RunFolder
+from app.record.loggers import MetricsCsv, read_metrics
+from app.record.states import SLURM_JOB, State
+from app.record.trials import STUDY, open_study, url
 from app.report import __main__ as report
 from app.report.tables import defused
-from app.run.folder import RunFolder
-from app.run.metrics import MetricsCsv, read_metrics
-from app.run.states import SLURM_JOB
-from app.run.trials import STUDY, open_study, url
 from app.slurm import states as slurm_states
 from app.sweep import __main__ as sweep
 from app.sweep import cluster
 from app.sweep.folder import SweepFolder
 from app.sweep.journal import Job, Journal
 from app.sweep.progress import Progress
-from app.sweep.states import refresh
 
 TUNER = {"_target_": "app.tuner.Full"}
 CSV = "step,train_loss,val_acc\n0,1.5,0.1\n1,1.25,0.2\n2,1.0,0.3\n3,0.75,0.4\n"
@@ -500,7 +499,7 @@ def test_a_job_whose_first_line_is_torn_is_known_by_the_sweeps(tmp_path: Path) -
     assert found.note == (
         f"{tmp_path}/journal.jsonl: 2 lines are torn, or none of ours, and skipped: 3, 5"
     )
-    assert found.jobs[1] == Job(job=1, overrides=["seed=2"], state="failed", error="no")
+    assert found.jobs[1] == Job(job=1, overrides=["seed=2"], state=State.failed, error="no")
     again = SweepFolder(tmp_path).add(EVENTS[0]["definition"], [["seed=1"], ["seed=2"]])
     assert [job.job for job in again] == [0, 1]
 
@@ -681,9 +680,9 @@ def test_a_torn_result_is_refreshed_to_unreadable_except_of_a_job_that_was_cance
     write_tree(tmp_path)
     for number in range(2):
         (tmp_path / f"{number}/result.json").write_text("")
-    jobs = [Job(job=number, overrides=[], state="finished") for number in range(3)]
-    jobs[1].state = "cancelled"
-    refresh(tmp_path, jobs)
+    jobs = [Job(job=number, overrides=[], state=State.finished) for number in range(3)]
+    jobs[1].state = State.cancelled
+    SweepFolder(tmp_path).refresh(jobs)
     assert [job.state for job in jobs] == ["unreadable", "cancelled", "finished"]
     assert jobs[0].error == f"{tmp_path}/0/result.json cannot be read: it holds nothing"
 
@@ -722,7 +721,7 @@ TORN: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.skipif(find_spec("optuna") is None, reason="needs pip install 'app[optuna]'")
+@pytest.mark.skipif(find_spec("optuna") is None, reason="needs pip install -e '.[optuna]'")
 @pytest.mark.filterwarnings("ignore:Deprecated API features detected")  # Optuna's
 @pytest.mark.parametrize("damage", [*TORN, *PLACES])
 def test_a_storage_that_is_torn_or_none_is_refused_by_name_with_what_to_type(

@@ -25,7 +25,7 @@ def test_a_missing_package_is_said_with_what_to_install(checked: Callable[..., A
         checked("optimizer=adamw8bit")
     assert str(refusal.value) == (
         "optimizer=adamw8bit needs the package bitsandbytes, which is not installed; type pip "
-        "install 'app[bitsandbytes]', or use optimizer=adamw"
+        "install -e '.[bitsandbytes]', or use optimizer=adamw"
     )
 
 

@@ -15,10 +15,11 @@ from omegaconf import DictConfig
 from app.config import check
 from app.errors import Refused
 from app.fit import pruning_of, run
-from app.run.trials import PRUNED, STORAGE, STUDY, open_study, url
+from app.record.trials import PRUNED, STORAGE, STUDY, open_study, url
+from app.sweep.study import space_of
 
 pytestmark = [
-    pytest.mark.skipif(find_spec("optuna") is None, reason="needs pip install 'app[optuna]'"),
+    pytest.mark.skipif(find_spec("optuna") is None, reason="needs pip install -e '.[optuna]'"),
     pytest.mark.filterwarnings("ignore:Deprecated API features detected"),  # Optuna's
 ]
 Trial = Callable[..., dict[str, Any]]
@@ -139,3 +140,37 @@ def test_nothing_prunes_what_is_no_trial_or_cannot_be_pruned(
         f"run_dir must be in the folder of the study, beside its study.db, got {tmp_path}/run; "
         "leave run_dir away, or type sweep.pruner=none"
     )
+
+
+# spaces as the documentation of Hydra's Optuna sweeper, and others, type them
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["optimizer.lr=tag(log,interval(1e-5,1))"],
+        ["model.channels=tag(log,interval(1,64))"],
+        ["clip.max_norm=interval(0.1,3.0)", "data.batch_size=interval(4,16)"],
+        ["x=interval(-5.5,5.5)", "y=choice(-5,0,5)"],
+        ["averaging=none,ema", "seed=range(1,4)", "name=fixed"],
+        ["z=range(0.1,0.9,step=0.2)", "optimizer=choice('sgd',adam)"],
+        ["w=shuffle(range(1,5))", "v=shuffle(a,b,c)"],
+        ["model.hidden_sizes=choice([3,4],[5])", "+new.key=1.0,2.0", "++other=null,true"],
+        ["a=1", "b='x y'", "c=interval(0,1)"],
+        ["dropout=range(0,10,step=5)"],
+    ],
+)
+def test_a_space_is_the_one_that_hydras_own_sweeper_makes(typed: list[str]) -> None:
+    import optuna
+    from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
+    from optuna.distributions import BaseDistribution
+
+    theirs, their_fixed = create_params_from_overrides(typed)
+    assert all(isinstance(one, BaseDistribution) for one in theirs.values())
+    fixed, space = space_of(typed)
+    assert fixed == their_fixed
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    trial = study.ask()
+    values = {key: suggest(trial) for key, suggest in space.items()}
+    assert (values, list(values)) == (trial.params, list(theirs))
+    for key, distribution in trial.distributions.items():
+        if not any(word.startswith((f"{key}=shuffle", "v=")) for word in typed):
+            assert distribution == theirs[key]

@@ -18,7 +18,7 @@ import torch
 from conftest import wait_until
 from test_processes import checkpoint, command, environment, processes_of
 
-from app.run.folder import RunFolder
+from app.record.folder import RunFolder
 from app.sweep.journal import Job, Journal
 
 EXAMPLES = Path(__file__).parents[1] / "multirun_examples"
@@ -233,7 +233,7 @@ def test_ctrl_c_while_the_first_job_waits_for_its_process_leaves_a_sweep_that_go
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("optuna") is None, reason="needs pip install 'app[optuna]'")
+@pytest.mark.skipif(find_spec("optuna") is None, reason="needs pip install -e '.[optuna]'")
 def test_the_commands_of_a_failed_trial_of_an_example_run_it_alone(tmp_path: Path) -> None:
     (tmp_path / "failing.py").write_text(FAILING)
     (tmp_path / "failing").touch()

@@ -23,20 +23,20 @@ from hydra import compose, initialize_config_module
 from matplotlib.image import imread
 
 from app.errors import Refused
+from app.fit import run as train_run
+from app.record.folder import RunFolder
 from app.report import __main__ as report_command
 from app.report.configurations import columns, configurations
 from app.report.curves import averaged, read_curves
 from app.report.numbers import Digits, duration, shortened
 from app.report.reading import Run, read_runs
 from app.report.rerun import command, quoted
-from app.report.states import KILLED, true_state
 from app.report.statistics import estimate, t_quantile
 from app.report.summary import Report, summarize
 from app.report.tables import error_line, escaped, markdown, terminal
-from app.run.folder import RunFolder
+from app.slurm.states import KILLED, Signs, true_state
 from app.sweep.folder import SweepFolder
 from app.sweep.journal import Job, Journal
-from app.train import run as train_run
 
 EMA = {"_target_": "app.averaging.Ema", "horizon": 0.05}
 SWA = {"_target_": "app.averaging.Swa", "start": 0.75}
@@ -347,7 +347,7 @@ def test_a_configuration_is_compared_with_the_one_of_the_most_runs(tmp_path: Pat
 def held(path: Path) -> Iterator[None]:
     """Another process holds the run's folder."""
     code = (
-        "import sys, pathlib; from app.run.folder import RunFolder\n"
+        "import sys, pathlib; from app.record.folder import RunFolder\n"
         f"with RunFolder(pathlib.Path({str(path)!r})).locked(): print('held', flush=True); input()"
     )
     process = subprocess.Popen(
@@ -404,7 +404,8 @@ def test_what_result_journal_and_lock_say_together(
     error = "killed by 9" if noted in ("failed", "interrupted", "cancelled") else None
     job = noted and Job(job=0, overrides=[], folder="0", state=noted, attempt=1, error=error)
     result = {} if said is None else {"status": said}
-    assert true_state(result, job or None, is_held=is_held, is_launched=is_launched) == expected
+    signs = Signs(result=result, job=job or None, is_held=is_held, is_launched=is_launched)
+    assert true_state(signs) == expected
 
 
 def write_journal(

@@ -49,7 +49,7 @@ def fit(
     exit_code: Any = None
     with asked.listening():
         run = build(config, [sender, StopsOnSignal()])
-        checkpoint = newest_intact(Path(config["run_dir"]) / "checkpoints")
+        checkpoint = newest_intact(Path(config.run_dir) / "checkpoints")
         try:
             run.trainer.fit(run.model, datamodule=run.data, ckpt_path=checkpoint)
         except SystemExit as stop:

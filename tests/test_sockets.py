@@ -31,9 +31,8 @@ TWO = {
     "ddp": (),
     "ddp_find_unused": (),
     "fsdp": ("strategy.shard_min_parameters=null",),
-    "fsdp2": ("strategy.shard_min_parameters=null",),
-    "tp_fsdp2": ("strategy.shard_min_parameters=null", "strategy.colwise=[net.0]",
-                 "strategy.rowwise=[net.3]"),
+    "tp_fsdp": ("strategy.shard_min_parameters=null", "strategy.colwise=[net.0]",
+                "strategy.rowwise=[net.3]"),
     "ddp_spawn": (),
 }  # fmt: skip
 """What a strategy takes to run that model in two ranks."""

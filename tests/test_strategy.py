@@ -16,15 +16,25 @@ import torch
 from conftest import SMALL
 from omegaconf import DictConfig, OmegaConf
 
-from app.config import check
+from app.config import check, with_overrides
 from app.errors import Refused
 from app.launch.local import run_local
 from app.matrix import NEEDED, ON_CPU, composed, matrix, presets, refusals
 from app.process.ranks import ranks
 from app.run.build import build
-from app.tuner.keys import with_overrides
 
-STRATEGIES = ("ddp", "fsdp", "fsdp2", "tp_fsdp2")
+WAYS = {
+    "ddp": (2, ["strategy=ddp"]),
+    "fsdp": (2, ["strategy=fsdp", "strategy.shard_min_parameters=4000"]),
+    "fsdp_one_block": (2, ["strategy=fsdp", "strategy.shard_min_parameters=null",
+                           "strategy.reshard_after_forward=false"]),
+    "fsdp_replicas": (4, ["strategy=fsdp", "strategy.shard_min_parameters=4000",
+                          "strategy.num_replicas=2"]),
+    "tp_fsdp": (2, ["strategy=tp_fsdp", "strategy.shard_min_parameters=4000"]),
+    "tp_fsdp_replicas": (4, ["strategy=tp_fsdp", "strategy.shard_min_parameters=4000",
+                             "strategy.num_replicas=2"]),
+}  # fmt: skip
+"""Processes, and what is typed."""
 SHORT = [key for key in SMALL if not key.startswith(("model.", "trainer.limit_train"))]
 SHORT += [
     "trainer.limit_train_batches=3",
@@ -33,13 +43,12 @@ SHORT += [
     "model=transformer",
     "logger=none",
 ]
-SHARDS = {"fsdp": 4000, "fsdp2": None, "tp_fsdp2": 4000}
 EXACT = ("accumulate", "clip", "averaging", "scheduler")
 ELSEWHERE = ("compile=", "tuner=", "optimizer=adamw8bit", "precision=fp8")
 """With tests of their own: half a minute to compile, whole searches, packages that are not here."""
 
 
-def weights_of(config: dict[str, Any]) -> dict[str, Any]:
+def weights_of(config: Any) -> dict[str, Any]:
     """Fit, and gather what a checkpoint would hold: whole weights, on rank 0."""
     run = build(config, [])
     run.trainer.fit(run.model, datamodule=run.data)
@@ -80,19 +89,18 @@ def alone(preset: str) -> dict[str, Any]:
 
 
 @cache
-def on_two(strategy: str) -> DictConfig:
-    return composed([f"strategy={strategy}", "trainer.accelerator=cpu"])
+def on_several(way: str) -> DictConfig:
+    num_processes, typed = WAYS[way]
+    return composed([*typed, "trainer.accelerator=cpu", f"trainer.devices={num_processes}"])
 
 
-def two_processes(preset: str, strategy: str) -> dict[str, Any]:
-    """The same run in two processes."""
+def several_processes(preset: str, way: str) -> Any:
+    """The same run in several processes."""
     cfg = copy.deepcopy(one_process(preset))
-    OmegaConf.update(cfg, "strategy", on_two(strategy).strategy, merge=False)
-    changes = {"trainer.devices": 2}
-    if strategy in SHARDS:
-        changes["strategy.shard_min_parameters"] = SHARDS[strategy]
-    if strategy != "tp_fsdp2":  # of which both ranks take the same samples
-        changes["data.batch_size"] = 8
+    OmegaConf.update(cfg, "strategy", on_several(way).strategy, merge=False)
+    num_processes = WAYS[way][0]
+    size = num_processes // cfg.strategy.get("tensor_parallel_size", 1)  # which share samples
+    changes = {"trainer.devices": num_processes, "data.batch_size": 16 // size}
     return check(with_overrides(cfg, changes))
 
 
@@ -112,16 +120,17 @@ def allowed() -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("way", WAYS)
 def test_clip_fsdp_avg_sharded_every_technique_comes_to_the_weights_of_one_process(
-    strategy: str,
+    way: str,
 ) -> None:
-    names = allowed()[strategy]
+    num_processes, typed = WAYS[way]
+    names = allowed()[typed[0].partition("=")[2]]
     assert len(names) > 20
     together = run_local(
         fit_all,
-        {name: two_processes(name, strategy) for name in names},
-        num_processes=2,
+        {name: several_processes(name, way) for name in names},
+        num_processes=num_processes,
         start_method="forkserver",
         logging_config=None,
     )
@@ -148,38 +157,37 @@ REFUSED = {
         "strategy=deepspeed_zero2",
         "trainer.accelerator=cpu",
     ): "trainer.accelerator=cpu cannot run with "
-    "strategy=deepspeed: DeepSpeed needs GPUs; use strategy=fsdp2",
-    ("strategy=fsdp2", "precision=fp64"): "precision.mode=64-true cannot run with strategy=fsdp2: "
-    "fsdp2 shards float32 and bfloat16 weights, without a scaled loss; use precision=bf16",
-    ("strategy=fsdp", "precision=fp64"): "precision.mode=64-true cannot run with strategy=fsdp: "
-    "Lightning's strategy takes neither float64 nor float8; use precision=bf16",
-    ("strategy=fsdp", "clip=adaptive"): "clip=adaptive cannot run with strategy=fsdp: its flat "
-    "shards cut through the units whose norms are compared; use strategy=fsdp2, or clip=norm",
+    "strategy=deepspeed: DeepSpeed needs GPUs; use strategy=fsdp",
+    ("strategy=fsdp", "precision=fp8", GPU): "precision.mode=transformer-engine cannot run with "
+    "strategy=fsdp: float8 layers are not sharded; use precision=bf16",
+    ("strategy=tp_fsdp", "precision=fp16", "trainer.devices=2", GPU): "precision.mode=16-mixed "
+    "cannot run with strategy=fsdp: an overflow in one part of a split layer is not seen by the "
+    "others; use precision=bf16, or type strategy.tensor_parallel_size=1",
+    ("strategy=deepspeed_zero2", "precision=fp64", GPU): "precision.mode=64-true cannot run with "
+    "strategy=deepspeed: Lightning's strategy takes neither float64 nor float8; use "
+    "precision=bf16",
     ("strategy=deepspeed_zero1", "clip=value", GPU): "this clipping cannot run with "
     "strategy=deepspeed: DeepSpeed's engine keeps the gradients, and clips their 2-norm only; use "
     "clip=norm",
     ("strategy=deepspeed_zero1", "accumulate=constant", GPU): "accumulation cannot run with "
     "strategy=deepspeed: DeepSpeed's engine counts the micro-batches itself; use accumulate=none, "
-    "or strategy=fsdp2",
+    "or strategy=fsdp",
     ("strategy=deepspeed_zero3", "averaging=ema", GPU): "averaging cannot run with "
     "strategy=deepspeed: DeepSpeed's engine keeps the weights that it steps; use averaging=none, "
-    "or strategy=fsdp2",
-    ("strategy=fsdp", "averaging=ema", "precision=bf16_true"): "averaging with precision=bf16_true "
-    "cannot run with strategy=fsdp: the float32 average of flat shards cannot be kept in a "
-    "checkpoint; use strategy=fsdp2, or precision=bf16",
+    "or strategy=fsdp",
     (
-        "strategy=fsdp2",
+        "strategy=fsdp",
         "averaging=ema",
         "averaging.validate=both",
     ): "averaging.validate=both cannot "
-    "run with strategy=fsdp2: it runs a copy of the model, which cannot be made of shards; type "
+    "run with strategy=fsdp: it runs a copy of the model, which cannot be made of shards; type "
     "averaging.validate=averaged",
     (
-        "strategy=fsdp2",
+        "strategy=fsdp",
         "tuner=milestones",
         "tuner.milestones=[1]",
     ): "tuner.milestones cannot run with "
-    "strategy=fsdp2: a second sharded model cannot be made inside a fit; type "
+    "strategy=fsdp: a second sharded model cannot be made inside a fit; type "
     "'tuner.milestones=[]'",
     (
         "strategy=ddp",
@@ -189,16 +197,16 @@ REFUSED = {
     "cannot run with strategy=ddp: a rank that runs out of memory inside a fit would leave the "
     "others waiting; type tuner.batch_size=null",
     (
-        "strategy=fsdp2",
+        "strategy=fsdp",
         "compile=default",
         "compile.fullgraph=true",
     ): "compile.fullgraph=true cannot "
-    "run with strategy=fsdp2: each block is gathered between two graphs; type "
+    "run with strategy=fsdp: each block is gathered between two graphs; type "
     "compile.fullgraph=false",
     (
-        "strategy=fsdp2",
+        "strategy=fsdp",
         "optimizer=adamw8bit",
-    ): "optimizer=adamw8bit cannot run with strategy=fsdp2: "
+    ): "optimizer=adamw8bit cannot run with strategy=fsdp: "
     "bitsandbytes cannot step shards; use optimizer=adamw, or strategy=ddp",
 }
 
@@ -221,7 +229,14 @@ def test_every_refused_pair_is_shown_above() -> None:
 def test_every_preset_is_in_the_matrix_with_every_strategy() -> None:
     strategies = {strategy for _, strategy, _ in cells()}
     assert len(cells()) == len(strategies) * len(presets())
-    assert {"single", *STRATEGIES, "ddp_find_unused", "deepspeed_zero3_offload"} <= strategies
+    assert {
+        "single",
+        "ddp",
+        "fsdp",
+        "tp_fsdp",
+        "ddp_find_unused",
+        "deepspeed_zero3_offload",
+    } <= strategies
 
 
 def test_the_readme_holds_the_matrix_as_it_is_printed() -> None:
@@ -247,64 +262,62 @@ class CutAt(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def interrupted_and_whole(config: dict[str, Any]) -> list[Any]:
+def interrupted_and_whole(config: Any) -> list[Any]:
     """The weights of a run that is cut in its second epoch and continued, and of a whole one."""
     torch.set_num_threads(1)
     found = []
     for folder in ("whole", "cut"):
-        here = {**config, "run_dir": f"{config['run_dir']}/{folder}"}
-        checkpoint = {**config["callbacks"]["checkpoint"], "dirpath": here["run_dir"]}
-        here["callbacks"] = {"checkpoint": checkpoint}
+        run_dir = f"{config.run_dir}/{folder}"
+        checkpoint = {**config.plain["callbacks"]["checkpoint"], "dirpath": run_dir}
+        here = config.but(run_dir=run_dir, callbacks={"checkpoint": checkpoint})
         last = None
         if folder == "cut":
-            last = f"{here['run_dir']}/last.ckpt"
-            saves_here = config["accumulate"] is not None  # inside a window
+            last = f"{run_dir}/last.ckpt"
+            saves_here = config.accumulate is not None  # inside a window
             run = build(here, [CutAt(7, last if saves_here else None)])
             with pytest.raises(InterruptedError):
                 run.trainer.fit(run.model, datamodule=run.data)
         run = build(here, [])
         run.trainer.fit(run.model, datamodule=run.data, ckpt_path=last)
         ranks().gathered(0)  # the file is written by the first rank
-        found.append(torch.load(f"{here['run_dir']}/last.ckpt", weights_only=True))
-    return [{part: whole[part] for part in whole if "weights" in part or part == "state_dict"}
-            for whole in found]  # fmt: skip
+        found.append(torch.load(f"{run_dir}/last.ckpt", weights_only=True))
+    return [{"average": whole["state_dict"], "raw": whole["raw"]["state_dict"],
+             "kept": whole["averages"]["average"]} for whole in found]  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "chosen",
     [
-        ("ddp", "accumulate=none"),
-        ("fsdp", "accumulate=none"),
-        ("fsdp2", "accumulate=none"),
-        ("ddp", "accumulate=constant"),
-        ("fsdp2", "accumulate=constant"),
+        (way, accumulate)
+        for way in ("ddp", "fsdp", "fsdp_replicas")
+        for accumulate in ("accumulate=none", "accumulate=constant")
     ],
     ids=",".join,
 )
 def test_several_ranks_continue_bit_for_bit_with_dropout_and_augmentations(
     checked: Callable[..., Any], chosen: tuple[str, str]
 ) -> None:
-    strategy, accumulate = chosen
+    way, accumulate = chosen
+    num_processes, typed = WAYS[way]
     config = (
         checked(
             "model=custom", "model._target_=theirs.LitModel", "data=custom", "optimizer=adamw",
             "data._target_=theirs.LitData", "+data.num_samples=43", "trainer.max_epochs=3",
             "averaging=ema", "averaging.decay=0.9", "logger=none", "callbacks.progress=null",
             "trainer.accelerator=cpu",
-            "callbacks.checkpoint.every_n_steps=1", f"strategy={strategy}", "trainer.devices=2",
-            accumulate,
-            *(["strategy.shard_min_parameters=null"] if strategy != "ddp" else []),
+            "callbacks.checkpoint.every_n_steps=1", f"trainer.devices={num_processes}",
+            accumulate, *typed,
+            *(["strategy.shard_min_parameters=null"] if way != "ddp" else []),
         )
     )  # fmt: skip
     whole, cut = run_local(
         interrupted_and_whole,
         config,
-        num_processes=2,
+        num_processes=num_processes,
         start_method="forkserver",
         logging_config=None,
     )
-    assert whole.keys() == cut.keys() >= {"state_dict", "raw_weights"}
     for part in whole:
         for name, tensor in whole[part].items():
             assert torch.equal(tensor, cut[part][name]), (part, name)

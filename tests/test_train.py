@@ -16,11 +16,12 @@ import torch
 from conftest import SMALL
 from lightning.pytorch import Callback
 
+from app import conf
 from app.config import config_hash
 from app.errors import Refused
 from app.fit import train
+from app.record.folder import RunFolder
 from app.run.checkpoint import CheckpointFiles
-from app.run.folder import RunFolder
 from app.run.trainer import Trainer
 
 HERE = Path(__file__).parent
@@ -32,9 +33,9 @@ def trained(checked: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
 
     def train_(*overrides: str) -> dict[str, Any]:
         config = checked(*SMALL, *overrides)
-        folder = RunFolder(Path(config["run_dir"]))
+        folder = RunFolder(Path(config.run_dir))
         folder.path.mkdir(exist_ok=True)
-        folder.write_config(config, list(overrides))
+        folder.write_config(config.plain, list(overrides))
         return train(config, folder)
 
     return train_
@@ -125,7 +126,7 @@ def test_the_config_moves_with_its_folder(
     config = RunFolder(moved).read_config()
     assert config is not None
     assert config["callbacks"]["checkpoint"]["dirpath"] == f"{moved}/checkpoints"
-    assert config_hash(config) == config_hash(checked(*SMALL, "name=other"))
+    assert config_hash(config) == config_hash(checked(*SMALL, "name=other").plain)
 
 
 def test_a_changed_config_is_refused_and_the_keys_are_named(
@@ -133,9 +134,9 @@ def test_a_changed_config_is_refused_and_the_keys_are_named(
 ) -> None:
     trained()
     folder = RunFolder(tmp_path / "run")
-    folder.refuse_changes(checked(*SMALL, "resume=never", "name=other"))
+    folder.refuse_changes(checked(*SMALL, "resume=never", "name=other").plain)
     with pytest.raises(Refused) as refusal:
-        folder.refuse_changes(checked(*SMALL, "clip.max_norm=2", "averaging=ema"))
+        folder.refuse_changes(checked(*SMALL, "clip.max_norm=2", "averaging=ema").plain)
     text = str(refusal.value)
     assert "holds a run with another configuration:\n  averaging: None -> None\n" not in text
     assert "  clip.max_norm: 1.0 -> 2.0\n" in text
@@ -187,7 +188,7 @@ def test_data_without_a_test_part_is_trained_on_all_the_same(
     )  # fmt: skip
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
-    without = {**config, "data": {"_target_": "theirs.TrainOnly"}}
+    without = config.but(data={"_target_": "theirs.TrainOnly"})
     assert "test_loss" not in train(without, folder)["metrics"]
 
 
@@ -296,7 +297,8 @@ def test_a_users_own_model_and_presets_need_no_fork(tmp_path: Path) -> None:
 def test_help_lists_every_group_with_its_presets(tmp_path: Path) -> None:
     text = command("app.train", "--help", cwd=tmp_path)
     assert "clip=adaptive|none|norm|percentile|value" in text
-    assert "averaging=ema|none|swa|uniform" in text
+    presets = (Path(conf.__file__).parent / "averaging").glob("*.yaml")
+    assert f"averaging={'|'.join(sorted(path.stem for path in presets))}\n" in text
     completed = subprocess.run(
         ["bash", "-c", f"""
             eval "$({sys.executable} -m app.train -sc install=bash)"

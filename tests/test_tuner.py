@@ -15,13 +15,15 @@ from lightning.pytorch import Callback
 from omegaconf import DictConfig, OmegaConf
 from theirs import LitData, LitModel, TwoOptimizers
 
-from app.config import check
+from app.accumulate import Accumulation, ConstantAccumulation
+from app.config import Config, check, with_overrides
 from app.errors import Refused
+from app.fit import built
 from app.process.asked import asked
 from app.run.build import build
 from app.tuner.answers import cache_key, read_tuned
 from app.tuner.find import find, num_samples
-from app.tuner.keys import startable, with_overrides
+from app.tuner.keys import startable
 from app.tuner.lr import range_test
 from app.tuner.probe import is_out_of_memory, longest_first, throwaway
 
@@ -38,20 +40,20 @@ def found(composed: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., 
 
     def find_(*overrides: str) -> dict[str, Any]:
         (tmp_path / "run").mkdir(exist_ok=True)
-        return find(startable(composed(*overrides)), tmp_path / "run")
+        return find(check(startable(composed(*overrides))), tmp_path / "run")
 
     return find_
 
 
-def weights_after(config: dict[str, Any]) -> list[torch.Tensor]:
-    run = build({**config, "tuner": None}, [])
+def weights_after(config: Config) -> list[torch.Tensor]:
+    run = build(config.but(tuner=None), [])
     run.trainer.fit(run.model, datamodule=run.data)
     return list(run.model.state_dict().values())
 
 
-def sweep(config: dict[str, Any], **changes: Any) -> tuple[list[float], list[float]]:
+def sweep(config: Config, **changes: Any) -> tuple[list[float], list[float]]:
     rates, losses, complete = range_test(
-        config, settings=config["tuner"]["lr"], callbacks=[],
+        config, settings=config.tuner.lr, callbacks=[],
         **{"base": 0.1, "optimizer": None, "from_now": False, **changes},
     )  # fmt: skip
     assert complete
@@ -105,10 +107,10 @@ def test_the_cache_key_knows_the_source_of_the_model(
     for name, body in (("one", "a = 1"), ("two", "a = 2")):
         (tmp_path / f"{name}.py").write_text(f"from theirs import LitModel\n{body}\n")
         config = checked(*THEIRS, f"model._target_={name}.LitModel", *LR)
-        keys.add(cache_key({**config, "model": {"_target_": f"{name}.LitModel"}}, device="cpu"))
+        keys.add(cache_key(config.plain, device="cpu"))
     assert len(keys) == 2
     config = checked(*THEIRS, *LR)
-    assert cache_key(config, device="cpu") != cache_key(config, device="H200")
+    assert cache_key(config.plain, device="cpu") != cache_key(config.plain, device="H200")
 
 
 class Broken(LitModel):
@@ -134,7 +136,7 @@ def test_finders_strip_and_lr_accumulate_one_point_per_optimizer_step_of_whole_w
     counter = Counter()
     rates, losses, _ = range_test(
         config,
-        settings=config["tuner"]["lr"],
+        settings=config.tuner.lr,
         base=0.1,
         optimizer=None,
         from_now=False,
@@ -196,7 +198,7 @@ def test_lr_groups_keep_their_ratios_in_the_sweep(checked: Callable[..., Any]) -
     groups = GroupRates()
     range_test(
         config,
-        settings=config["tuner"]["lr"],
+        settings=config.tuner.lr,
         base=0.1,
         optimizer=None,
         from_now=False,
@@ -241,7 +243,7 @@ def test_lr_optimizers_each_is_swept_while_the_others_are_held(
     both = BothRates()
     range_test(
         config,
-        settings=config["tuner"]["lr"],
+        settings=config.tuner.lr,
         base=0.2,
         optimizer=1,
         from_now=False,
@@ -271,7 +273,7 @@ def test_lr_milestone_a_search_inside_a_fit_changes_nothing_but_the_rate(
     plain = weights_after(checked(*typed))
     config = checked(*typed, "tuner=milestones", "tuner.milestones=[1,2]", "tuner.lr.num_steps=20",
                      "tuner.lr.lowest=1e-9", "tuner.lr.highest=1e-8")  # fmt: skip
-    Path(config["run_dir"]).mkdir(exist_ok=True)
+    Path(config.run_dir).mkdir(exist_ok=True)
     run = build(config, [])
     run.trainer.fit(run.model, datamodule=run.data)
     # at such rates the curve has no descent: in doubt the rate is kept, and all else is as before
@@ -430,9 +432,9 @@ def test_bs_milestone_the_micro_batch_changes_inside_the_fit_and_the_effective_b
         "tuner.milestones=[2]", "trainer.max_epochs=3",
         "model._target_=test_tuner.Grouped",
     )  # fmt: skip
-    Path(config["run_dir"]).mkdir(exist_ok=True)
+    Path(config.run_dir).mkdir(exist_ok=True)
     sizes = Sizes()
-    run = build(config, [sizes])
+    run = built(config, [sizes])
     run.trainer.fit(run.model, datamodule=run.data)
     assert sizes.of_epoch == {0: 4, 1: 4, 2: 8}
     assert run.trainer.global_step == 3 * 40 // 8
@@ -522,3 +524,60 @@ def test_a_finder_is_stopped_by_our_handler_not_by_one_that_waits_for_other_rank
         run = throwaway(checked(*SMALL), num_steps=1, validates=False, callbacks=[notes])
         run.trainer.fit(run.model, datamodule=run.data)
     assert notes.handler == ours
+
+
+# ------------------------------------------------------------------------ techniques of the user's
+
+
+class Alternating(Accumulation):
+    """Two micro-batches in the first epoch, `later` in all others."""
+
+    def __init__(self, *, later: int) -> None:
+        super().__init__(weight_by=None)
+        self.later = later
+
+    @property
+    def schedules(self) -> tuple[dict[int, int], dict[int, int]]:
+        return {0: 2, 1: self.later}, {0: 1}
+
+
+class Doubled(ConstantAccumulation):
+    """Twice the factor that is typed."""
+
+    def __init__(self, *, half: int) -> None:
+        super().__init__(factor=2 * half, weight_by=None)
+
+
+class Noted(Callback):
+    """Clips nothing."""
+
+
+THEIR_TECHNIQUES: dict[str, dict[str, Any]] = {
+    "accumulate-rule": {"accumulate": {"_target_": "test_tuner.Alternating", "later": 3}},
+    "accumulate-constant": {"accumulate": {"_target_": "test_tuner.Doubled", "half": 1}},
+    "accumulate-lightning": {
+        "accumulate": {
+            "_target_": "lightning.pytorch.callbacks.GradientAccumulationScheduler",
+            "scheduling": {0: 2},
+        }
+    },
+    "clip": {"clip": {"_target_": "test_tuner.Noted"}},
+    "averaging-lightning": {
+        "averaging": {"_target_": "lightning.pytorch.callbacks.EMAWeightAveraging", "decay": 0.9}
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:Turning off the learning rate")
+@pytest.mark.parametrize("name", THEIR_TECHNIQUES)
+@pytest.mark.parametrize("finder", [BATCH, LR], ids=["batch_size", "lr"])
+def test_finders_run_with_techniques_of_the_users_own(
+    composed: Callable[..., DictConfig], tmp_path: Path, name: str, finder: tuple[str, ...]
+) -> None:
+    cfg = composed(*THEIRS, *finder, "+data.batch_size=4", "+model.lr=0.1",
+                   *(["tuner.batch_size.max_val=8"] if finder is BATCH else []))  # fmt: skip
+    for group, chosen in THEIR_TECHNIQUES[name].items():
+        cfg[group] = chosen
+    (tmp_path / "run").mkdir()
+    overrides = find(check(cfg), tmp_path / "run")
+    assert finder is LR or overrides["data.batch_size"] > 0

@@ -14,7 +14,8 @@ up. Lightning's own averages lose the start, the end, or the test.
 | uniform | equal weights: every step (or epoch) from a start on       | Polyak, Juditsky 1992   |
 
 Write `averaging.NAME=null` to take a bound away. A rule of your own: subclass one of these in
-`app.averaging`, override `should_update`, and name the class in `averaging._target_`.
+`app.averaging`, override `should_update`, `weight` or `update`, and name the class in
+`averaging._target_`. What all presets have in common stands in `parts/common.yaml`.
 """
 
 from dataclasses import dataclass
@@ -61,7 +62,25 @@ class Averaging:
 
 
 @dataclass(kw_only=True)
-class Ema(Averaging):
+class FromEpoch(Averaging):
+    """What those have in common that may be given an epoch to begin at."""
+
+    start_epoch: int | None = count(at_least=0, instead=NO_START)
+    """Epochs trained before the averaging may begin, >= 0; null: no bound."""
+
+    def __post_init__(self) -> None:
+        _require_one_start("start_epoch", self.start_epoch, self.start_step)
+
+
+@dataclass(kw_only=True)
+class Uniform(FromEpoch):
+    """The mean over all updates. Give it a start: the first weights of a run are poor."""
+
+    _target_: str = "app.averaging.Uniform"
+
+
+@dataclass(kw_only=True)
+class Ema(FromEpoch):
     """Exponential moving average: each update keeps the share `decay` of the average.
 
     Without `decay` and `half_life_steps` the memory is a share of the run, so that runs of any
@@ -71,8 +90,6 @@ class Ema(Averaging):
     _target_: str = "app.averaging.Ema"
     every_n_steps: int = count(instead="type {key}=1")
     """Optimizer steps from one update to the next, >= 1."""
-    start_epoch: int | None = count(at_least=0, instead=NO_START)
-    """Epochs trained before the averaging may begin, >= 0; null: no bound."""
     decay: float | None = number(at_least=0, below=1, rule="be from 0 to below 1", instead=OFF)
     """Share of the average an update keeps, 0 to below 1; null: from the half-life or horizon."""
     half_life_steps: float | None = number(above=0, at_most=MANY, instead="type {key}=null")
@@ -89,26 +106,14 @@ class Ema(Averaging):
     """Exponent of the warm-up, > 0; 2/3 for long runs, 3/4 for shorter ones."""
 
     def __post_init__(self) -> None:
-        _require_one_start("start_epoch", self.start_epoch, self.start_step)
-        require(
-            self.decay is None or self.half_life_steps is None,
-            "averaging.decay",
-            "be null where averaging.half_life_steps is given",
+        super().__post_init__()
+        _require(
+            "decay",
             self.decay,
+            self.decay is None or self.half_life_steps is None,
+            "be null where averaging.half_life_steps is given",
             "type one of averaging.decay=null and averaging.half_life_steps=null",
         )
-
-
-@dataclass(kw_only=True)
-class Uniform(Averaging):
-    """The mean over all updates. Give it a start: the first weights of a run are poor."""
-
-    _target_: str = "app.averaging.Uniform"
-    start_epoch: int | None = count(at_least=0, instead=NO_START)
-    """Epochs trained before the averaging may begin, >= 0; null: no bound."""
-
-    def __post_init__(self) -> None:
-        _require_one_start("start_epoch", self.start_epoch, self.start_step)
 
 
 @dataclass(kw_only=True)
@@ -156,12 +161,11 @@ class Swa(Averaging):
                 "be > 0, or a list of such numbers",
                 "to leave the schedule alone type averaging.lr=null",
             )
-        one = (self.anneal_epochs is None) != (self.anneal_steps is None)
-        require(
-            one,
-            "averaging.anneal_epochs",
-            "be null where averaging.anneal_steps is given, and given where that is null",
+        _require(
+            "anneal_epochs",
             self.anneal_epochs,
+            (self.anneal_epochs is None) != (self.anneal_steps is None),
+            "be null where averaging.anneal_steps is given, and given where that is null",
             "to jump to averaging.lr type averaging.anneal_epochs=0 averaging.anneal_steps=null",
         )
 

@@ -9,7 +9,7 @@ dimension for each of `data.fanouts`.
 | preset  | what it is                                                | source                    |
 |---------|-----------------------------------------------------------|---------------------------|
 | mnist1d | 15,000 generated signals, shipped: techniques show here   | arXiv 2011.14439          |
-| digits  | 1,797 images of 8x8: a smoke test (pip install app[digits]) | scikit-learn load_digits |
+| digits  | 1,797 images of 8x8: a smoke test; needs the extra digits | scikit-learn load_digits  |
 | graph   | 50,000 generated nodes, 1 M edges: for model=graphsage    | stochastic block model    |
 | custom  | any LightningDataModule: data._target_=theirpkg.TheirData |                           |
 """

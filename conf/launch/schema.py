@@ -16,7 +16,7 @@ is requeued, and goes on.
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -68,6 +68,8 @@ class OnInterrupt(str, Enum):
 @dataclass(kw_only=True)
 class Slurm:
     """Jobs of SLURM; what is null is the cluster's choice."""
+
+    is_submitted: ClassVar[bool] = True
 
     partition: str | None = text(instead=NULL)
     """Of the cluster."""

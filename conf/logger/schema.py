@@ -1,10 +1,10 @@
 """Where the metrics of a run go. Everything is in the run's folder.
 
-| preset      | writes                                             |
-|-------------|----------------------------------------------------|
-| default     | metrics.csv and files for TensorBoard              |
-| csv         | metrics.csv                                        |
-| tensorboard | files for TensorBoard                              |
+| preset      | writes                                                 |
+|-------------|--------------------------------------------------------|
+| default     | metrics.csv, and for TensorBoard where it is installed |
+| csv         | metrics.csv                                            |
+| tensorboard | files for TensorBoard                                  |
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from ..rules import RULE, Name, folder
+from ..rules import RULE, Name, folder, require_package
 
 IN_THE_RUN = "type '{key}=${{run_dir}}'"
 
@@ -21,22 +21,32 @@ IN_THE_RUN = "type '{key}=${{run_dir}}'"
 class MetricsCsv:
     """A line per logged optimizer step."""
 
-    _target_: str = "app.run.metrics.MetricsCsv"
+    _target_: str = "app.record.loggers.MetricsCsv"
     save_dir: str = folder(instead=IN_THE_RUN)
     """Folder of the file."""
 
 
 @dataclass(kw_only=True)
-class TensorBoardLogger:
-    """Event files; look at them with `tensorboard --logdir runs`."""
+class TensorBoardWhereInstalled:
+    """Event files, or none; look at them with `tensorboard --logdir runs`."""
 
-    _target_: str = "lightning.pytorch.loggers.TensorBoardLogger"
+    _target_: str = "app.record.loggers.tensorboard_where_installed"
     save_dir: str = folder(instead=IN_THE_RUN)
     """Folder above the files."""
     name: str = field(default=MISSING, metadata={RULE: Name("type {key}=tensorboard")})
     """Folder of the files, below save_dir."""
     version: str = MISSING
     """Folder below name; empty = none."""
+
+
+@dataclass(kw_only=True)
+class TensorBoardLogger(TensorBoardWhereInstalled):
+    """Event files; look at them with `tensorboard --logdir runs`."""
+
+    _target_: str = "lightning.pytorch.loggers.TensorBoardLogger"
+
+    def __post_init__(self) -> None:
+        require_package("tensorboard", "logger=tensorboard", "use logger=csv")
 
 
 @dataclass(kw_only=True)
@@ -49,4 +59,14 @@ class Loggers:
     tensorboard: TensorBoardLogger | None = None
 
 
-PRESETS = {"default": Loggers, "csv": Loggers, "tensorboard": Loggers}
+@dataclass(kw_only=True)
+class DefaultLoggers:
+    """Likewise."""
+
+    _takes_others_: ClassVar[bool] = True
+
+    csv: MetricsCsv | None = None
+    tensorboard: TensorBoardWhereInstalled | None = None
+
+
+PRESETS = {"default": DefaultLoggers, "csv": Loggers, "tensorboard": Loggers}

@@ -11,8 +11,8 @@
 | fp64      | float64  | float64    | checking numerics                                 |
 
 tf32 is about matrix products: convolutions on a GPU are in TF32 anyhow, which is cuDNN's default.
-fp8 takes `pip install 'app[fp8]'`, and acts on linear layers whose sizes are multiples of 8 (in)
-and 16 (out); others are left in bfloat16.
+fp8 takes `pip install 'effective-training[fp8]'`, and acts on linear layers whose sizes are
+multiples of 8 (in) and 16 (out); others are left in bfloat16.
 """
 
 from dataclasses import dataclass

@@ -11,10 +11,9 @@ samples and trains on its own share; each sample of an epoch is seen once.
 | ddp_spawn       | the same, each process started anew, none forked           |                   |
 | ddp_find_unused | the same, where a step leaves parameters out               |                   |
 | fsdp            | weights, gradients and optimizer state are sharded         | arXiv 2304.11277  |
-| fsdp2           | the same, parameter by parameter                           | torch fully_shard |
-| tp_fsdp2        | linear layers split over devices; fsdp2 over their groups  | arXiv 1909.08053  |
+| tp_fsdp         | linear layers split over devices; fsdp over their groups   | arXiv 1909.08053  |
 | deepspeed_zero* | ZeRO, stage 1, 2, 3, each with _offload: GPUs,             | arXiv 1910.02054  |
-|                 | pip install app[deepspeed]                                 |                   |
+|                 | pip install 'effective-training[deepspeed]'                |                   |
 """
 
 from dataclasses import dataclass
@@ -30,14 +29,6 @@ class StartMethod(str, Enum):
 
     forkserver = "forkserver"
     spawn = "spawn"
-
-
-class Sharding(str, Enum):
-    """What FSDP shards."""
-
-    full = "full"
-    gradients = "gradients"
-    hybrid = "hybrid"
 
 
 @dataclass(kw_only=True)
@@ -80,43 +71,27 @@ class Ddp(Processes):
 
 
 @dataclass(kw_only=True)
-class Shards(Processes):
-    """Which modules are sharded as a whole, for a model without a `configure_model` of its own.
+class Sharded(Processes):
+    """Fully sharded data parallel, parameter by parameter: torch's `fully_shard`.
 
-    Each is gathered while it runs, the rest of the model as one more.
+    The blocks of a model are gathered each while it runs, the rest of the model as one more. A
+    model with a `configure_model` shards itself there, over `self.device_mesh`.
     """
 
+    _target_: str = "app.parallel.sharded.Sharded"
     shard_classes: list[str] = MISSING
     """Class names of the blocks, such as TransformerEncoderLayer; [] = by size."""
     shard_min_parameters: int | None = count(instead="for one block type {key}=null")
     """Without class names: parameters that make a block, >= 1; null = the model is one block."""
     offload: bool = MISSING
     """Keep the shards in the memory of the CPU."""
-
-
-@dataclass(kw_only=True)
-class Fsdp(Shards):
-    """Fully sharded data parallel with flat parameters: Lightning's FSDPStrategy."""
-
-    _target_: str = "app.strategy.fsdp"
-    sharding: Sharding = MISSING
-    """full, gradients (weights stay whole between steps), or hybrid (whole across machines)."""
-
-
-@dataclass(kw_only=True)
-class Fsdp2(Shards):
-    """Fully sharded data parallel parameter by parameter: Lightning's ModelParallelStrategy."""
-
-    _target_: str = "app.strategy.fsdp2"
     reshard_after_forward: bool = MISSING
     """Gather a block again for its backward pass: less memory, more traffic."""
+    num_replicas: int = count(at_most=4096, instead="type {key}=1")
+    """Groups of processes that each hold all shards, >= 1: less traffic between them, more memory.
 
-
-@dataclass(kw_only=True)
-class TpFsdp2(Fsdp2):
-    """Tensor parallel linear layers, and fsdp2 over the groups of devices that share them."""
-
-    _target_: str = "app.strategy.tp_fsdp2"
+    Divides the number of data parallel processes; as a rule, the number of machines.
+    """
     tensor_parallel_size: int = count(at_most=4096, instead="type {key}=2")
     """Devices that split a layer, >= 1; divides the number of processes."""
     colwise: list[str] = MISSING
@@ -126,11 +101,11 @@ class TpFsdp2(Fsdp2):
 
     def __post_init__(self) -> None:
         require(
-            len(self.colwise) > 0 and len(self.rowwise) > 0,
+            self.tensor_parallel_size == 1 or (len(self.colwise) > 0 and len(self.rowwise) > 0),
             "strategy.colwise and strategy.rowwise",
             "name layers",
             [*self.colwise, *self.rowwise],
-            "use strategy=fsdp2 to split none",
+            "type strategy.tensor_parallel_size=1 to split none",
         )
 
 
@@ -159,9 +134,7 @@ class DeepSpeed(Processes):
 PRESETS = {
     "single": Single,
     **dict.fromkeys(("ddp", "ddp_spawn", "ddp_find_unused"), Ddp),
-    "fsdp": Fsdp,
-    "fsdp2": Fsdp2,
-    "tp_fsdp2": TpFsdp2,
+    **dict.fromkeys(("fsdp", "tp_fsdp"), Sharded),
     **{
         f"deepspeed_zero{stage}{offload}": DeepSpeed
         for stage in (1, 2, 3)

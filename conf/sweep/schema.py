@@ -35,7 +35,7 @@ class Pruner(str, Enum):
 
 @dataclass(kw_only=True)
 class Optuna:
-    """A search with Optuna, for which `hydra-optuna-sweeper` asks for trials and tells values."""
+    """A search with Optuna."""
 
     num_trials: int = count(at_most=1_000_000, instead="type {key}=10")
     """Trials of the whole study, >= 1, failed and pruned ones included; a continued one runs those

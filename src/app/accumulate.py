@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from app.errors import Refused
-from app.parallel.sharded import Fsdp, placed_like
+from app.parallel.sharded import placed_like
 from app.parallel.sizes import accumulation_factor
 from app.parallel.split import mean_over_ranks, micro_batch_size, share_of
+
+__all__ = ["Accumulation", "ConstantAccumulation", "EffectiveBatch", "ScheduledAccumulation"]
 
 
 def scheduled_factor(factors: Mapping[int, int], position: int) -> int:
@@ -87,6 +89,8 @@ class Accumulation(pl.Callback):
         self._total_weight = 0.0
         self._weight = 1.0
         self._gradients: dict[str, Tensor] = {}
+        self._stays_as_begun = False
+        self._num_ranks: int | None = None
 
     @property
     @abstractmethod
@@ -99,6 +103,14 @@ class Accumulation(pl.Callback):
         return count_steps(
             num_batches=num_batches, num_epochs=num_epochs, by_epoch=by_epoch, by_step=by_step
         )
+
+    def stay_as_begun(self, *, num_ranks: int | None) -> None:
+        """Keep the factor of the first optimizer step: for a throwaway run.
+
+        Args:
+            num_ranks: ranks that such a run stands for; None: as many as it has.
+        """
+        self._stays_as_begun, self._num_ranks = True, num_ranks
 
     @staticmethod
     def refuse_manual_optimization(pl_module: pl.LightningModule) -> None:
@@ -212,11 +224,6 @@ class Accumulation(pl.Callback):
     def _saved(trainer: pl.Trainer, gradient: Tensor) -> Tensor:
         if isinstance(gradient, DTensor):
             return gradient.full_tensor()  # of all ranks already
-        if isinstance(trainer.strategy, Fsdp):
-            raise Refused(
-                "accumulate cannot save the gradients of an open window with strategy=fsdp; save "
-                "after an optimizer step, or use strategy=fsdp2"
-            )
         return mean_over_ranks(trainer, gradient)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -229,8 +236,9 @@ class Accumulation(pl.Callback):
 
     def _open(self, trainer: pl.Trainer, batch_idx: int) -> None:
         by_epoch, by_step = self.schedules
-        factor = scheduled_factor(by_epoch, trainer.current_epoch)
-        factor *= scheduled_factor(by_step, trainer.global_step)
+        begun = self._stays_as_begun
+        factor = scheduled_factor(by_epoch, 0 if begun else trainer.current_epoch)
+        factor *= scheduled_factor(by_step, 0 if begun else trainer.global_step)
         self._window = trainer.accumulate_grad_batches = Window(factor, batch_idx)
         self._num_batches, self._total_weight = 0, 0.0
 
@@ -287,7 +295,9 @@ class ScheduledAccumulation(Accumulation):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         batches = trainer.num_training_batches
-        if self.by == "epoch" or batches == math.inf or trainer.max_epochs in (None, -1):
+        if self._stays_as_begun or self.by == "epoch":
+            return
+        if batches == math.inf or trainer.max_epochs in (None, -1):
             return
         assert trainer.max_epochs is not None
         steps = self.total_steps(num_batches=int(batches), num_epochs=trainer.max_epochs)
@@ -318,7 +328,9 @@ class EffectiveBatch(Accumulation):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self.set_micro_batch_size(self.micro_batch_size, world_size=share_of(trainer).size)
+            self.set_micro_batch_size(
+                self.micro_batch_size, world_size=self._num_ranks or share_of(trainer).size
+            )
         super().setup(trainer, pl_module, stage)
 
     def set_micro_batch_size(self, size: int, *, world_size: int) -> None:

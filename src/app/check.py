@@ -13,7 +13,6 @@ from app.config import check, describe
 from app.fit import built
 from app.process.targets import named_in
 from app.tuner.answers import read_tuned
-from app.tuner.keys import with_overrides
 
 
 def main(cfg: DictConfig) -> None:
@@ -22,11 +21,11 @@ def main(cfg: DictConfig) -> None:
     Builds what is not ours: only a model knows whether it steps its own optimizers.
     """
     config = check(cfg)
-    if config["tuned"] is not None:
-        config = check(with_overrides(cfg, read_tuned(Path(config["tuned"]))))
-    if named_in(config) - cli.shipped_targets():
+    if config.tuned is not None:
+        config = config.changed(read_tuned(Path(config.tuned)))
+    if named_in(config.plain) - cli.shipped_targets():
         built(config, [])
-    for name, text in describe(config):
+    for name, text in describe(config.plain):
         print(f"{name:<12}{text}")
     print("ok")
 

@@ -9,10 +9,8 @@ import gc
 import hashlib
 import os
 import re
-import shutil
 import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -128,6 +126,9 @@ def as_a_check(arguments: list[str]) -> list[str]:
         said = "a search chooses its jobs as they end; type one of them, without -m"
         print(f"check: {said}", file=sys.stderr)
         sys.exit(2)
+    import shutil
+    import tempfile
+
     folder = tempfile.mkdtemp(prefix="app-check-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return [*arguments, "hydra/launcher=basic", "hydra/sweeper=basic", f"hydra.sweep.dir={folder}"]

@@ -26,6 +26,8 @@ from torch.optim import Optimizer
 from app.errors import Refused
 from app.parallel.sharded import Sharded, Spread
 
+__all__ = ["AdaptiveClip", "Clip", "Measured", "NormClip", "PercentileClip", "ValueClip"]
+
 Measured = tuple[float, Callable[[], None] | None]
 """The gradient norm, and what clips in place; None where nothing is over its bound."""
 

@@ -1,18 +1,24 @@
 """The checked configuration: every key, value and combination of it allowed. Needs no torch."""
 
+import copy
 import hashlib
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from app import cli
 from app.errors import Refused
+
+if TYPE_CHECKING:
+    from conf.schema import Train as Typed
+else:
+    Typed = object
 
 OF_ONE_CLASS = ("optimizer", "scheduler", "accumulate", "clip", "averaging", "sharing", "memory",
                 "compile", "tuner")  # fmt: skip
@@ -33,8 +39,52 @@ OF_THE_COMMAND = ("name", "resume", "run_dir", "tuned", "fit", "launch", "object
 TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
-def check(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration as plain containers, every value and combination of it allowed.
+class Config(Typed):
+    """A checked configuration: its groups and keys are attributes, typed by the schemas of `conf`.
+
+    Attributes:
+        composed: as Hydra composed it; others are made from it.
+        plain: resolved, in plain containers: what is instantiated, compared or written.
+    """
+
+    def __init__(self, *, composed: DictConfig, typed: Any, plain: dict[str, Any]) -> None:
+        self.composed = composed
+        self.plain = plain
+        self._typed = typed
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "_typed":  # not yet set: it is being unpickled
+                raise AttributeError(name)
+            return getattr(self._typed, name)
+
+    def changed(self, overrides: Mapping[str, Any]) -> "Config":
+        """The configuration with other values of dotted keys, as if they had been typed."""
+        return check(with_overrides(self.composed, overrides)) if overrides else self
+
+    def unchecked(self, overrides: Mapping[str, Any]) -> "Config":
+        """The configuration of a run with other values, which its own command has checked."""
+        return of_a_run(with_overrides(self.composed, overrides))
+
+    def but(self, **changes: Any) -> "Config":
+        """Not checked, for a throwaway run: with groups off, with other values in them, or, where
+        the values name a class, with another one in their place."""
+        typed, plain = copy.copy(self._typed), dict(self.plain)
+        for name, values in changes.items():
+            if not isinstance(values, Mapping) or "_target_" in values:
+                setattr(typed, name, values)
+                plain[name] = values
+                continue
+            setattr(typed, name, copy.copy(getattr(typed, name)))
+            plain[name] = {**plain[name], **values}
+            for key, value in values.items():
+                setattr(getattr(typed, name), key, value)
+        return Config(composed=self.composed, typed=typed, plain=plain)
+
+
+def check(cfg: DictConfig) -> Config:
+    """What was composed, resolved and typed, every value and combination of it allowed.
 
     Imports neither torch nor Lightning.
 
@@ -46,16 +96,34 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     _refuse_unread(cfg)
     refuse_values(cfg)
     try:
-        OmegaConf.to_object(cfg)  # runs the rules of every schema
+        typed = OmegaConf.to_object(cfg)  # runs the rules of every schema
     except ValueError as error:
         if type(error) is not ValueError:  # one of OmegaConf's own, explained by the command line
             raise
         raise Refused(str(error)) from None
     except ArithmeticError as error:
         raise Refused(f"a number is too large to count with: {error}; type a smaller one") from None
+    return Config(composed=cfg, typed=typed, plain=plain(cfg))
+
+
+def of_a_run(cfg: DictConfig) -> Config:
+    """The configuration that a run was trained with: its own command has checked it."""
+    return Config(composed=cfg, typed=cfg, plain=plain(cfg))
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """A configuration, resolved, as plain containers."""
     config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
+
+
+def with_overrides(cfg: DictConfig, overrides: Mapping[str, Any]) -> DictConfig:
+    """A copy of a composed configuration with other values of dotted keys."""
+    found = copy.deepcopy(cfg)  # with its type, whose rules are checked
+    for key, value in overrides.items():
+        OmegaConf.update(found, key, value, force_add=True)
+    return found
 
 
 def folders(cfg: DictConfig) -> dict[str, str]:
@@ -114,7 +182,7 @@ def _nodes(node: DictConfig, path: str) -> Iterator[tuple[str, DictConfig]]:
     """All mappings of a configuration, each with what begins the keys in it."""
     yield path, node
     for name in node:
-        if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, str(name)):
+        if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):  # type: ignore[arg-type]
             continue
         if isinstance(node[name], DictConfig):
             yield from _nodes(node[name], f"{path}{name!s}.")
@@ -181,9 +249,16 @@ def _scalars(node: Any, key: str) -> Iterator[tuple[str, Any]]:
         yield key, node
 
 
+def is_single(strategy: Any) -> bool:
+    """Whether a strategy, composed or typed, is one process on one device."""
+    named = strategy["_target_"] if isinstance(strategy, dict) else strategy._target_
+    return bool(named == SINGLE)
+
+
 def is_slurm(launch: object) -> bool:
-    """Whether what `launch` says is that SLURM starts the run: the preset or its schema."""
-    return hasattr(launch, "max_requeues")
+    """Whether the preset of `launch`, composed or typed, hands runs to SLURM."""
+    schema = OmegaConf.get_type(launch) if isinstance(launch, DictConfig) else type(launch)
+    return getattr(schema, "is_submitted", False)
 
 
 def max_requeues(launch: Any) -> int | None:

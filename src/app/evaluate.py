@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from app import cli
-from app.config import check
+from app.config import SINGLE, check, of_a_run, with_overrides
 from app.errors import Refused
 from app.process.imports import importing
+from app.record.folder import RunFolder
 from app.run.evaluation import checkpoint_path, evaluate, overridden
-from app.run.folder import RunFolder
-from app.tuner.keys import with_overrides
 
 
 def main(cfg: DictConfig) -> None:
@@ -21,17 +20,17 @@ def main(cfg: DictConfig) -> None:
     if config is None:
         raise Refused(f"run must be the folder of a run, got {cfg.run}: it has no config.yaml")
     changed = overridden(config, list(cfg.overrides))
+    # one device sees every sample once, and any strategy's checkpoint is of whole tensors
+    changed.strategy = {"_target_": SINGLE}
     checkpoint = checkpoint_path(folder, cfg.checkpoint)
-    if settings["tuner"] is not None:
+    if settings.tuner is not None:
         with importing():
             from app.tuner.find import find_eval_batch_size
         overrides = find_eval_batch_size(
-            changed, settings["tuner"]["batch_size"], stage=settings["stage"]
+            of_a_run(changed), settings.tuner.batch_size, stage=cfg.stage.value
         )
         changed = with_overrides(changed, overrides)
-    evaluate(
-        OmegaConf.to_container(changed), folder, stage=settings["stage"], checkpoint=checkpoint
-    )
+    evaluate(of_a_run(changed), folder, stage=cfg.stage.value, checkpoint=checkpoint)
 
 
 if __name__ == "__main__":

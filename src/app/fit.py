@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from app.config import check, folders, is_slurm, max_requeues, what_decides
+from app.config import Config, check, folders, is_slurm, max_requeues, what_decides
 from app.errors import Refused
 from app.launch.start import placed, run_ranks
 from app.process.asked import asked
 from app.process.imports import importing
 from app.process.ranks import ranks, started_elsewhere
 from app.process.requeue import heeding
-from app.run.folder import RunFolder, refuse_unwritable
-from app.run.states import ENDED
+from app.record.folder import RunFolder, refuse_unwritable
+from app.record.states import State
 from app.tuner.answers import recalled
-from app.tuner.keys import startable, with_overrides
+from app.tuner.keys import startable
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -63,24 +63,23 @@ def run(cfg: DictConfig, *, typed: Sequence[str]) -> dict[str, Any] | None:
 
 def _run(cfg: DictConfig, typed: list[str]) -> dict[str, Any] | None:
     try:
-        check(startable(cfg))
-        if cfg.launch is not None and not is_slurm(cfg.launch):
+        config = check(startable(cfg))
+        if config.launch is not None and not is_slurm(config.launch):
             raise Refused(
                 "launch=local runs the jobs of a sweep, and this is one run; type -m as well, or "
                 "launch=none"
             )
-        cfg = startable(placed(cfg))
-        config = check(cfg)
+        config = placed(config)
     except ValueError:
         RunFolder(Path(cfg.run_dir)).remove_if_empty()
         raise
-    folder = RunFolder(Path(config["run_dir"]))
+    folder = RunFolder(Path(config.run_dir))
     everyone = ranks()
     with ExitStack() as stack:
 
         def prepared() -> dict[str, Any]:
             stack.enter_context(folder.locked())
-            return prepare(cfg, folder)
+            return prepare(config, folder)
 
         found = everyone.first(prepared)
         if found["result"] is not None:
@@ -88,39 +87,36 @@ def _run(cfg: DictConfig, typed: list[str]) -> dict[str, Any] | None:
                 status = found["result"]["status"]
                 print(f"{folder.path} is {status}; see {folder.result_path}")
             return dict(found["result"])
-        if started_elsewhere() or config["trainer"]["devices"] == 1:
-            return work(cfg, found["tuned"], typed)
-        result: dict[str, Any] | None = run_ranks(work, cfg, found["tuned"], typed)
+        if started_elsewhere() or config.trainer.devices == 1:
+            return work(config, found["tuned"], typed)
+        result: dict[str, Any] | None = run_ranks(work, config, found["tuned"], typed)
         return result
 
 
-def prepare(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
+def prepare(config: Config, folder: RunFolder) -> dict[str, Any]:
     """The result of a run that is finished, and the overrides that an earlier search found.
 
     Raises Refused where the folder holds another run.
     """
-    config = check(cfg)
     folder.refuse_shared()
-    refuse_unwritable(folders(cfg))
-    if config["resume"] == "never":
+    refuse_unwritable(folders(config.composed))
+    if config.resume == "never":
         folder.move_aside()
     folder.forget_torn()
     tuned = recalled(config, folder)
-    if tuned is not None:
-        config = check(with_overrides(cfg, tuned))
-    folder.refuse_changes(config)
+    folder.refuse_changes(config.changed(tuned or {}).plain)
     result = folder.read_result()
-    has_ended = result is not None and result["status"] in ENDED
+    has_ended = result is not None and State(result["status"]).is_done
     return {"result": result if has_ended else None, "tuned": tuned}
 
 
 def work(
-    cfg: DictConfig, tuned: Mapping[str, Any] | None, typed: list[str]
+    config: Config, tuned: Mapping[str, Any] | None, typed: list[str]
 ) -> dict[str, Any] | None:
     """What each rank does: search, if that has not been done, then fit and test."""
-    with heeding(cfg.name, max_requeues=max_requeues(cfg.launch)):
+    with heeding(config.name, max_requeues=max_requeues(config.launch)):
         try:
-            return search_and_train(cfg, tuned, typed)
+            return search_and_train(config, tuned, typed)
         except BaseException:
             if asked.first is None:
                 ranks().tell_failure()
@@ -128,41 +124,40 @@ def work(
 
 
 def search_and_train(
-    cfg: DictConfig, tuned: Mapping[str, Any] | None, typed: list[str]
+    config: Config, tuned: Mapping[str, Any] | None, typed: list[str]
 ) -> dict[str, Any] | None:
     """Search, if that has not been done, then fit and test."""
-    folder = RunFolder(Path(cfg.run_dir))
-    if tuned is not None:
-        cfg = with_overrides(cfg, tuned)
-    elif cfg.tuner is not None:
+    folder = RunFolder(Path(config.run_dir))
+    if tuned is None and config.tuner is not None:
         with importing():
             from app.tuner.find import find
-        cfg = with_overrides(cfg, find(cfg, folder.path))
-    config = check(cfg)
-    ranks().refuse_different(what_decides(config))
-    if not config["fit"]:
+        tuned = find(config, folder.path)
+    config = config.changed(tuned or {})
+    ranks().refuse_different(what_decides(config.plain))
+    if not config.fit:
         return None
     if ranks().is_first:
-        folder.write_config(config, typed)
+        folder.write_config(config.plain, typed)
     return train(config, folder)
 
 
-def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
+def train(config: Config, folder: RunFolder) -> dict[str, Any]:
     """Fit and test; returns the content of result.json, which is written also on a failure."""
     with importing():
+        from app.record.result import Record, draw_curves
         from app.run.build import seed_all
         from app.run.checkpoint import newest_intact
         from app.run.progress import StartTable
-        from app.run.record import Record, draw_curves
         from app.run.signals import StopsOnSignal
     is_first = ranks().is_first
     before = folder.read_result() or {}
-    record = Record(config, folder, writes=is_first)
-    with record.kept():
+    record = Record(config.plain, folder, writes=is_first)
+    with record.kept(), ExitStack() as given_back:
         with record.phase("build"):
-            start = StartTable(config)
+            start = StartTable(config.plain)
             pruning = pruning_of(config)
             run = built(config, [start, *pruning, StopsOnSignal()])
+            given_back.callback(run.hooks.release)
         checkpoint = ranks().first(lambda: str(newest_intact(folder.checkpoints) or "")) or None
         if checkpoint is not None and is_first:
             print(f"continuing from {checkpoint}", flush=True)
@@ -184,11 +179,11 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
         record.write()  # what is known now is not measured again where the test is cut
         is_pruned = any(callback.has_pruned for callback in pruning)
         if is_pruned:
-            record.outcome = "pruned"
-        elif config["test"] != "none" and run.has_test():
-            path = record.content["checkpoints"][config["test"]]
+            record.outcome = State.pruned
+        elif config.test != "none" and run.has_test():
+            path = record.content["checkpoints"][config.test.value]
             with record.phase("test"):
-                seed_all(config)
+                seed_all(config.seed)
                 metrics = run.trainer.test(
                     run.model, datamodule=run.data, ckpt_path=path, verbose=False
                 )
@@ -206,27 +201,35 @@ def train(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     return record.content
 
 
-def built(config: Mapping[str, Any], callbacks: "Sequence[Callback]") -> "Run":
+def built(config: Config, callbacks: "Sequence[Callback]") -> "Run":
     """The objects of a run, with the finders that act inside its fit."""
     with importing():
         from app.run.build import build
-    if config["tuner"] is None or not config["tuner"]["milestones"]:
+    if config.tuner is None or not config.tuner.milestones:
         return build(config, callbacks)
     from app.tuner.milestones import finders_of
 
     return build(config, callbacks, finders_of(config))
 
 
-def pruning_of(config: Mapping[str, Any]) -> "list[PrunesTrial]":
+def pruning_of(config: Config) -> "list[PrunesTrial]":
     """What ends a trial of a study early; empty where the run is none."""
-    sweep = config["sweep"]
-    if sweep is None or sweep["trial"] is None or sweep["pruner"] == "none":
+    sweep = config.sweep
+    if sweep is None or sweep.trial is None or sweep.pruner == "none":
         return []
+    assert config.objective is not None
+    from app.record.trials import may_be_reported
     from app.run.pruning import PrunesTrial
-    from app.run.trials import may_be_reported
 
-    if not may_be_reported(config["objective"]):
+    if not may_be_reported(config.objective):
         return []  # as the study has said
-    names = ("trial", "pruner", "prune_after_trials", "prune_after_epochs")
-    chosen = {name: sweep[name] for name in names}
-    return [PrunesTrial(run_dir=config["run_dir"], objective=config["objective"], **chosen)]
+    return [
+        PrunesTrial(
+            run_dir=config.run_dir,
+            trial=sweep.trial,
+            objective=config.objective,
+            pruner=sweep.pruner.value,
+            prune_after_trials=sweep.prune_after_trials,
+            prune_after_epochs=sweep.prune_after_epochs,
+        )
+    ]

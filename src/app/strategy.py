@@ -1,14 +1,11 @@
-"""The strategies of `conf/strategy`: Lightning's, as a configuration asks for them."""
+"""The strategies of `conf/strategy` that are Lightning's, as a configuration asks for them."""
 
 from datetime import timedelta
 
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
+from app import pip_install
 from app.errors import Refused
-from app.parallel.sharded import Blocks, Fsdp, Fsdp2
-
-SHARDING = {"full": "FULL_SHARD", "gradients": "SHARD_GRAD_OP", "hybrid": "HYBRID_SHARD"}
-"""What FSDP shards, in torch's words."""
 
 
 def single() -> str:
@@ -33,70 +30,6 @@ def ddp(
     )
 
 
-def fsdp(
-    *,
-    start_method: str,
-    timeout_min: float,
-    shard_classes: list[str],
-    shard_min_parameters: int | None,
-    offload: bool,
-    sharding: str,
-) -> Fsdp:
-    """Fully sharded data parallel with flat parameters. Source: arXiv 2304.11277."""
-    return Fsdp(
-        timeout=timedelta(minutes=timeout_min),
-        cpu_offload=offload,
-        blocks=Blocks(shard_classes, shard_min_parameters),
-        sharding_strategy=SHARDING[sharding],
-        state_dict_type="full",
-    )
-
-
-def fsdp2(
-    *,
-    start_method: str,
-    timeout_min: float,
-    shard_classes: list[str],
-    shard_min_parameters: int | None,
-    offload: bool,
-    reshard_after_forward: bool,
-) -> Fsdp2:
-    """Fully sharded data parallel parameter by parameter: torch's `fully_shard`."""
-    return Fsdp2(
-        blocks=Blocks(shard_classes, shard_min_parameters),
-        offload=offload,
-        reshard_after_forward=reshard_after_forward,
-        tensor_parallel_size=1,
-        colwise=[],
-        rowwise=[],
-        timeout_min=timeout_min,
-    )
-
-
-def tp_fsdp2(
-    *,
-    start_method: str,
-    timeout_min: float,
-    shard_classes: list[str],
-    shard_min_parameters: int | None,
-    offload: bool,
-    reshard_after_forward: bool,
-    tensor_parallel_size: int,
-    colwise: list[str],
-    rowwise: list[str],
-) -> Fsdp2:
-    """`fsdp2` over groups of devices that split linear layers between them."""
-    return Fsdp2(
-        blocks=Blocks(shard_classes, shard_min_parameters),
-        offload=offload,
-        reshard_after_forward=reshard_after_forward,
-        tensor_parallel_size=tensor_parallel_size,
-        colwise=colwise,
-        rowwise=rowwise,
-        timeout_min=timeout_min,
-    )
-
-
 def deepspeed(
     *,
     start_method: str,
@@ -114,4 +47,5 @@ def deepspeed(
             offload_parameters=offload_parameters,
         )
     except ModuleNotFoundError as error:
-        raise Refused("strategy=deepspeed needs DeepSpeed: pip install 'app[deepspeed]'") from error
+        install = pip_install("deepspeed")
+        raise Refused(f"strategy=deepspeed needs DeepSpeed; type {install}") from error

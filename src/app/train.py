@@ -7,10 +7,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from app import cli
-from app.config import is_slurm
 from app.errors import Refused
-from app.fit import objective, run
-from app.run.folder import RunFolder
 
 
 def main(cfg: DictConfig) -> float | None:
@@ -18,6 +15,10 @@ def main(cfg: DictConfig) -> float | None:
 
     Returns the value of `objective`, which a sweeper of Hydra asks for; None where it is null.
     """
+    from app.config import is_slurm
+    from app.fit import objective, run  # here: what only shows a configuration needs none of it
+    from app.record.folder import RunFolder
+
     hydra = HydraConfig.get()
     for group in ("launch", "sweep"):
         if hydra.runtime.choices.get(group) == "none":

@@ -1,6 +1,7 @@
 """The averages: when to update, and by how much."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,26 +10,7 @@ from torch import Tensor
 from app.averaging.engine import Averaging
 from app.errors import Refused
 
-
-def is_due(
-    *,
-    step: int,
-    epoch: int,
-    epoch_end: bool,
-    start_epoch: int | None,
-    start_step: int | None,
-    every_n_steps: int | None,
-) -> bool:
-    """Whether to update after optimizer step `step` of `epoch`, or at its end; both from 0.
-
-    Every `every_n_steps` steps behind the start; at the end of each epoch where that is None.
-    """
-    first = 0 if start_step is None else start_step
-    if step < first or (start_epoch is not None and epoch < start_epoch):
-        return False
-    if every_n_steps is None:
-        return epoch_end
-    return not epoch_end and (step + 1 - first) % every_n_steps == 0
+__all__ = ["Ema", "FromEpoch", "Swa", "Uniform"]
 
 
 def decay_of(
@@ -84,51 +66,46 @@ def first_epoch(*, start: int | float, max_epochs: int | None) -> int:
     return math.floor(round(start * max_epochs, 9))
 
 
-class Ema(Averaging):
-    """Exponential moving average of the weights; see `decay_of` and `warmed_up` for the decay.
+@dataclass(kw_only=True, eq=False)
+class FromEpoch(Averaging):
+    """An average that may be given an epoch to begin at.
 
     Args:
         start_epoch: epochs trained before averaging may begin, >= 0; None: no bound.
+        start_step, every_n_steps, validate, bn_batches: see `Averaging`.
+    """
+
+    start_epoch: int | None
+
+    def first_epoch(self, trainer: pl.Trainer) -> int | None:
+        return self.start_epoch
+
+
+@dataclass(kw_only=True, eq=False)
+class Uniform(FromEpoch):
+    """The mean over all updates."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Ema(FromEpoch):
+    """Exponential moving average of the weights; see `decay_of` and `warmed_up` for the decay.
+
+    Args:
         decay: share of the average that an update keeps, 0 to below 1; or None.
         half_life_steps: optimizer steps after which weights count half, > 0; or None.
         horizon: share of the run that is remembered where both are None, above 0 to 1.
         warmup: whether the decay grows to its value.
         warmup_gamma: updates that the warm-up is counted in, > 0.
         warmup_power: exponent of the warm-up, > 0.
-        start_step, every_n_steps, validate, bn_batches: see `Averaging`.
     """
 
     every_n_steps: int
-
-    def __init__(
-        self,
-        *,
-        decay: float | None,
-        half_life_steps: float | None,
-        horizon: float,
-        warmup: bool,
-        warmup_gamma: float,
-        warmup_power: float,
-        start_epoch: int | None,
-        start_step: int | None,
-        every_n_steps: int,
-        validate: str,
-        bn_batches: int | None,
-    ) -> None:
-        super().__init__(
-            start_step=start_step,
-            every_n_steps=every_n_steps,
-            validate=validate,
-            bn_batches=bn_batches,
-        )
-        self.decay = decay
-        self.half_life_steps = half_life_steps
-        self.horizon = horizon
-        self.warmup = warmup
-        self.warmup_gamma = warmup_gamma
-        self.warmup_power = warmup_power
-        self.start_epoch = start_epoch
-        self._decay = 0.0
+    decay: float | None
+    half_life_steps: float | None
+    horizon: float
+    warmup: bool
+    warmup_gamma: float
+    warmup_power: float
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._decay = decay_of(
@@ -140,16 +117,6 @@ class Ema(Averaging):
         )
         super().on_train_start(trainer, pl_module)
 
-    def should_update(self, *, step: int, epoch: int, epoch_end: bool) -> bool:
-        return is_due(
-            step=step,
-            epoch=epoch,
-            epoch_end=epoch_end,
-            start_epoch=self.start_epoch,
-            start_step=self.start_step,
-            every_n_steps=self.every_n_steps,
-        )
-
     def weight(self, *, num_updates: int) -> float:
         if not self.warmup:
             return 1 - self._decay
@@ -160,9 +127,6 @@ class Ema(Averaging):
             power=self.warmup_power,
         )
 
-    def starts_at(self) -> str:
-        return _starts_at("start_epoch", self.start_epoch, self)
-
     def step_metrics(self) -> dict[str, float]:
         """The decay of the next update; nothing before the first."""
         if self._num_updates == 0:
@@ -170,48 +134,7 @@ class Ema(Averaging):
         return {"ema_decay": 1 - self.weight(num_updates=self._num_updates)}
 
 
-class Uniform(Averaging):
-    """The mean over all updates.
-
-    Args:
-        start_epoch: epochs trained before averaging may begin, >= 0; None: no bound.
-        start_step, every_n_steps, validate, bn_batches: see `Averaging`.
-    """
-
-    def __init__(
-        self,
-        *,
-        start_epoch: int | None,
-        start_step: int | None,
-        every_n_steps: int | None,
-        validate: str,
-        bn_batches: int | None,
-    ) -> None:
-        super().__init__(
-            start_step=start_step,
-            every_n_steps=every_n_steps,
-            validate=validate,
-            bn_batches=bn_batches,
-        )
-        self.start_epoch = start_epoch
-
-    def should_update(self, *, step: int, epoch: int, epoch_end: bool) -> bool:
-        return is_due(
-            step=step,
-            epoch=epoch,
-            epoch_end=epoch_end,
-            start_epoch=self.start_epoch,
-            start_step=self.start_step,
-            every_n_steps=self.every_n_steps,
-        )
-
-    def weight(self, *, num_updates: int) -> float:
-        return 1 / (num_updates + 1)
-
-    def starts_at(self) -> str:
-        return _starts_at("start_epoch", self.start_epoch, self)
-
-
+@dataclass(kw_only=True, eq=False)
 class Swa(Averaging):
     """The mean over the ends of the epochs from the start to the last, at a rate of its own.
 
@@ -232,41 +155,27 @@ class Swa(Averaging):
             `start` a share of a run without a number of epochs.
     """
 
-    def __init__(
-        self,
-        *,
-        start: int | float | None,
-        start_step: int | None,
-        lr: float | list[float] | None,
-        anneal_epochs: int | None,
-        anneal_steps: int | None,
-        anneal_strategy: str,
-        every_n_steps: int | None,
-        validate: str,
-        bn_batches: int | None,
-    ) -> None:
-        super().__init__(
-            start_step=start_step,
-            every_n_steps=every_n_steps,
-            validate=validate,
-            bn_batches=bn_batches,
-        )
-        self.start = start
-        self.lr = lr
-        self.anneal_epochs = anneal_epochs
-        self.anneal_steps = anneal_steps
-        self.anneal_strategy = anneal_strategy
-        self._start_epoch: int | None = None
+    start: int | float | None
+    lr: float | list[float] | None
+    anneal_epochs: int | None
+    anneal_steps: int | None
+    anneal_strategy: str
 
     def _reset(self) -> None:
         super()._reset()
         self._rates: list[float] = []  # of the groups, when the annealing began
         self._annealing_since = [-1, -1]  # epoch, optimizer step
 
+    def begin_at_once(self) -> None:
+        super().begin_at_once()
+        self.start = self.lr = None
+
+    def first_epoch(self, trainer: pl.Trainer) -> int | None:
+        if self.start is None:
+            return None
+        return first_epoch(start=self.start, max_epochs=trainer.max_epochs)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start_epoch = None
-        if self.start is not None:
-            self._start_epoch = first_epoch(start=self.start, max_epochs=trainer.max_epochs)
         num_groups = sum(len(optimizer.param_groups) for optimizer in trainer.optimizers)
         if isinstance(self.lr, list) and len(self.lr) != num_groups:
             raise Refused(
@@ -278,14 +187,15 @@ class Swa(Averaging):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.lr is None or not self._may_average(trainer.current_epoch, self._num_steps):
+        epoch = trainer.current_epoch
+        if self.lr is None or not self.has_started(step=self._num_steps, epoch=epoch):
             return
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         if not self._rates:
-            self._annealing_since = [trainer.current_epoch, self._num_steps]
+            self._annealing_since = [epoch, self._num_steps]
         self._rates += [float(group["lr"]) for group in groups[len(self._rates) :]]
         targets = self.lr if isinstance(self.lr, list) else [self.lr] * len(groups)
-        progress = self._annealing_progress(trainer.current_epoch)
+        progress = self._annealing_progress(epoch)
         for group, rate, target in zip(groups, self._rates, targets, strict=True):
             value = annealed(
                 start=rate, end=target, progress=progress, strategy=self.anneal_strategy
@@ -295,22 +205,6 @@ class Swa(Averaging):
             else:
                 group["lr"] = value
 
-    def should_update(self, *, step: int, epoch: int, epoch_end: bool) -> bool:
-        return is_due(
-            step=step,
-            epoch=epoch,
-            epoch_end=epoch_end,
-            start_epoch=self._start_epoch,
-            start_step=self.start_step,
-            every_n_steps=self.every_n_steps,
-        )
-
-    def weight(self, *, num_updates: int) -> float:
-        return 1 / (num_updates + 1)
-
-    def starts_at(self) -> str:
-        return _starts_at("start", self.start, self)
-
     def state_dict(self) -> dict[str, Any]:
         annealing = {"rates": list(self._rates), "annealing_since": list(self._annealing_since)}
         return {**super().state_dict(), **annealing}
@@ -319,11 +213,6 @@ class Swa(Averaging):
         super().load_state_dict(state_dict)
         self._rates = list(state_dict["rates"])
         self._annealing_since = list(state_dict["annealing_since"])
-
-    def _may_average(self, epoch: int, step: int) -> bool:
-        return (self._start_epoch is None or epoch >= self._start_epoch) and (
-            self.start_step is None or step >= self.start_step
-        )
 
     def _annealing_progress(self, epoch: int) -> float:
         since_epoch, since_step = self._annealing_since
@@ -335,11 +224,3 @@ class Swa(Averaging):
 
 def _share(done: int, whole: int) -> float:
     return 1.0 if done >= whole else done / whole
-
-
-def _starts_at(key: str, start: float | None, averaging: Averaging) -> str:
-    starts = {key: start, "start_step": averaging.start_step}
-    typed = [f"averaging.{name}={value}" for name, value in starts.items() if value is not None]
-    if averaging.every_n_steps is not None:
-        typed.append(f"averaging.every_n_steps={averaging.every_n_steps}")
-    return " with ".join(typed) or "the end of an epoch"

@@ -1,6 +1,6 @@
 """The averaged tensors beside the module's own, updated and shown without a copy."""
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,163 +9,174 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from app.errors import Refused
 
+AVERAGE = "average"
+
+Sets = Mapping[str, Mapping[str, Tensor]]
+
+
+def moves(name: str, tensor: Tensor) -> bool:
+    """Whether training changes a parameter or buffer, and a mean of its values has a meaning."""
+    is_parameter = isinstance(tensor, torch.nn.Parameter)
+    return tensor.requires_grad if is_parameter else bool(torch.isfinite(tensor).all())
+
 
 class Shadow:
-    """The averaged tensors of a module, and which of both, average or raw, the module now holds.
+    """Sets of tensors beside a module's, and which the module now holds: average or raw ones.
 
-    Begins as a copy of the module's. A shadow is of its tensor's dtype, but at least float32.
-    `keep` names tensors to take in though frozen. Tensors are listed once: an update costs one
-    foreach pass, and a swap one assignment a tensor.
+    A set has a tensor for each one that is averaged, of its dtype, but at least float32; of a
+    sharded one, this rank's shard. There is one set to begin with, the average: a copy of the
+    module's tensors. They are listed once: an update costs one foreach pass, and a swap one
+    assignment a tensor. The strategy holds the memory of a shard too, so that one is copied.
 
-    Of a sharded tensor the shadow is of this rank's shard. The strategy holds the memory of a shard
-    too, so with `sharded` a swap copies.
+    Args:
+        wanted: whether a floating parameter or persistent buffer is averaged, by name and value.
+        restored: what `whole_sets` gave, to go on from; what it names is averaged, wanted or not.
+
+    Raises:
+        Refused: where the module lacks a tensor of `restored`.
+
+    Attributes:
+        sets: the tensors, by the label of the set and the name of the tensor.
     """
 
     def __init__(
-        self, module: torch.nn.Module, keep: Container[str] = (), *, sharded: bool = False
+        self,
+        module: torch.nn.Module,
+        wanted: Callable[[str, Tensor], bool] = moves,
+        restored: Sets | None = None,
     ) -> None:
+        restored = restored or {AVERAGE: {}}
         self.average_is_live = False
-        self._sharded = sharded
+        self.sets: dict[str, dict[str, Tensor]] = {label: {} for label in restored}
         self._module = module
-        self._averages: dict[str, Tensor] = {}
+        self._wanted = wanted
         self._raw: dict[str, Tensor] = {}  # while the average is live
         self._live: dict[str, Tensor] = {}
-        self._scan(keep)
+        self._scan(restored[AVERAGE])
+        self._restore(restored)
 
     def scan(self) -> None:
-        """List the tensors anew; newly trainable ones join with their present value."""
-        self._scan(self._averages)
+        """List the tensors anew; new ones join each set with their present value."""
+        self._scan(self.sets[AVERAGE])
+
+    def live(self) -> dict[str, Tensor]:
+        """What the module holds, by name."""
+        self._follow_buffers()
+        return {name: _shard(tensor.detach()) for name, tensor in self._live.items()}
 
     @torch.no_grad()
     def update(self, weight: float) -> None:
         """Move the average towards the live tensors: by the share `weight`, 0 to 1."""
         assert not self.average_is_live
         self._follow_buffers()
-        for live, averages in self._same:
-            torch._foreach_lerp_(averages, self._shards(live), weight)
-        for live, averages in self._wider:
-            torch._foreach_mul_(averages, 1 - weight)
-            torch._foreach_add_(averages, self._shards(live), alpha=weight)
+        for live, averages in self._groups:
+            shards = list(map(_shard, live)) if self._is_sharded else live
+            if live[0].dtype == averages[0].dtype:
+                torch._foreach_lerp_(averages, shards, weight)
+            else:
+                torch._foreach_mul_(averages, 1 - weight)
+                torch._foreach_add_(averages, shards, alpha=weight)
+
+    def keep(self, label: str) -> None:
+        """Make a set of the live tensors as they are now."""
+        assert not self.average_is_live
+        self.sets[label] = {name: _wide_copy(tensor) for name, tensor in self.live().items()}
+
+    @torch.no_grad()
+    def combine(self, shares: Mapping[str, float]) -> None:
+        """Make the average the sum of other sets, each times its share."""
+        assert not self.average_is_live
+        for name, average in self.sets[AVERAGE].items():
+            average.zero_()
+            for label, share in shares.items():
+                average.add_(self.sets[label][name], alpha=share)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Show the average where the raw tensors are live, and the other way round; exact."""
         self._follow_buffers()
-        if self._sharded:
-            shown = self._raw if self.average_is_live else self._averages
-            shards = {name: _shard(tensor) for name, tensor in self._live.items()}
-            raw = {name: shard.clone() for name, shard in shards.items()}
-            for name, shard in shards.items():
-                shard.copy_(shown[name])
-            self._raw = {} if self.average_is_live else raw
-        elif self.average_is_live:
+        hides = self.average_is_live
+        shown = self._raw if hides else self._narrow_average()
+        raw = {} if hides else {name: tensor.data for name, tensor in self._live.items()}
+        if self._is_sharded:
             for name, tensor in self._live.items():
-                tensor.data = self._raw[name]
-            self._raw = {}
+                if isinstance(tensor, DTensor):
+                    shard = tensor.to_local()
+                    raw[name] = shard.clone()
+                    shard.copy_(shown[name])
+                else:
+                    tensor.data = shown[name]
         else:
-            self._raw = {name: tensor.data for name, tensor in self._live.items()}
-            for live, averages in self._same:
-                for tensor, average in zip(live, averages, strict=True):
-                    tensor.data = average
-            for name in self._wider_names:
-                tensor = self._live[name]
-                tensor.data = self._averages[name].to(tensor.dtype)
-        self.average_is_live = not self.average_is_live
+            for name, tensor in self._live.items():
+                tensor.data = shown[name]
+        self._raw = {} if hides else raw
+        self.average_is_live = not hides
 
-    def adopt(self, names: Iterable[str]) -> None:
+    def adopt(self, names: Container[str]) -> None:
         """Make the live average of these, changed in place, the average; unknown names are not."""
         assert self.average_is_live
-        for name in set(names) & set(self._wider_names):
-            self._averages[name].copy_(self._live[name])
+        for name, average in self.sets[AVERAGE].items():
+            if name in names and average.dtype != self._live[name].dtype:
+                average.copy_(self._live[name])
 
-    def tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The average, in the module's dtype, and the raw tensor, by name."""
-        self._follow_buffers()
-        return {
-            name: (live.detach(), self._raw[name])
-            if self.average_is_live
-            else (self._averages[name].to(live.dtype), live.detach())
-            for name, live in self._live.items()
-        }
+    def whole_sets(self, *, here: bool) -> dict[str, dict[str, Tensor]]:
+        """The sets with whole tensors, gathered from all ranks, which all call it; empty elsewhere.
 
-    def wider(self) -> dict[str, Tensor]:
-        """The averages that are wider than the module's tensors, by name."""
-        return {name: self._averages[name] for name in self._wider_names}
-
-    def whole_wider(self) -> dict[str, Tensor]:
-        """`wider`, gathered from all ranks, which all call it."""
-        return {name: _like(self._live[name], avg) for name, avg in self.wider().items()}
-
-    @torch.no_grad()
-    def adopt_shards(self, wider: Mapping[str, Tensor]) -> None:
-        """Take this rank's shard of whole averages that are wider than the module's tensors."""
-        for name, whole in wider.items():
-            tensor = self._live[name]
-            if isinstance(tensor, DTensor):
-                whole = distribute_tensor(
-                    whole.to(tensor.device), tensor.device_mesh, tensor.placements
-                ).to_local()
-            self._averages[name].copy_(whole)
-
-    def names(self) -> dict[int, str]:
-        """The name of each live tensor, by `id`: tied ones stand in a state dict several times."""
-        self._follow_buffers()
-        return {id(tensor): name for name, tensor in self._live.items()}
-
-    @torch.no_grad()
-    def restore(self, raw: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
-        """Take `averages` for the average, the live tensors where it has none; make `raw` live.
-
-        Raises Refused where the module lacks one of `raw`.
+        Args:
+            here: whether this rank is to have them.
         """
-        if missing := raw.keys() - self._live.keys():
-            raise Refused(
-                f"the checkpoint holds raw weights that {type(self._module).__name__} has not: "
-                f"{', '.join(sorted(missing))}; resume with the model it was written with"
-            )
-        for name, tensor in raw.items():
-            if name in averages:
-                self._averages[name].copy_(averages[name])
-            self._live[name].copy_(tensor)
+        found: dict[str, dict[str, Tensor]] = {label: {} for label in self.sets}
+        for label, kept in self.sets.items():
+            for name, part in kept.items():
+                whole = _whole(part, self._live[name])
+                if here:
+                    found[label][name] = whole
+        return found
+
+    def _narrow_average(self) -> dict[str, Tensor]:
+        """The average in the module's dtype."""
+        average = self.sets[AVERAGE]
+        if all(live[0].dtype == averages[0].dtype for live, averages in self._groups):
+            return average
+        return {name: average[name].to(tensor.dtype) for name, tensor in self._live.items()}
 
     def _scan(self, keep: Container[str]) -> None:
         self._live, self._buffers = {}, []
         seen = set()
-        for name, owner, key, tensor, is_buffer in _slots(self._module):
-            wanted = name in keep or (
-                bool(torch.isfinite(tensor).all()) if is_buffer else tensor.requires_grad
-            )
-            name = name.replace("_fsdp_wrapped_module.", "")
-            if id(tensor) in seen or not wanted:
+        for name, slots, tensor in _floating(self._module):
+            if id(tensor) in seen or not (name in keep or self._wanted(name, tensor)):
                 continue
-            if not self.average_is_live and not _fits(self._averages.get(name), tensor):
-                dtype = torch.promote_types(tensor.dtype, torch.float32)
-                self._averages[name] = _shard(tensor.detach()).to(dtype, copy=True)
-            if name in self._averages:
+            for kept in [] if self.average_is_live else self.sets.values():
+                if not _fits(kept.get(name), tensor):
+                    kept[name] = _wide_copy(_shard(tensor.detach()))
+            if name in self.sets[AVERAGE]:
                 seen.add(id(tensor))
                 self._live[name] = tensor
-                if is_buffer:
-                    self._buffers.append((owner, key, tensor))
-        self._averages = {name: self._averages[name] for name in self._live}
+                if slots is not None:
+                    self._buffers.append((slots, name.rpartition(".")[2], tensor))
         groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
+        for label, kept in self.sets.items():
+            self.sets[label] = {name: kept[name] for name in self._live}
         for name, tensor in self._live.items():
             live, averages = groups.setdefault((tensor.device, tensor.dtype), ([], []))
             live.append(tensor)
-            averages.append(self._averages[name])
-        self._same = [pair for pair in groups.values() if pair[0][0].dtype == pair[1][0].dtype]
-        self._wider = [pair for pair in groups.values() if pair[0][0].dtype != pair[1][0].dtype]
-        self._wider_names = [
-            name
-            for name, tensor in self._live.items()
-            if tensor.dtype != self._averages[name].dtype
-        ]
+            averages.append(self.sets[AVERAGE][name])
+        self._groups = [*groups.values()]
+        self._is_sharded = any(isinstance(tensor, DTensor) for tensor in self._live.values())
 
-    def _shards(self, live: list[Tensor]) -> list[Tensor]:
-        return [_shard(tensor) for tensor in live] if self._sharded else live
+    def _restore(self, restored: Sets) -> None:
+        if missing := restored[AVERAGE].keys() - self._live.keys():
+            raise Refused(
+                f"the checkpoint holds an average of weights that {type(self._module).__name__} "
+                f"has not: {', '.join(sorted(missing))}; resume with the model it was written with"
+            )
+        for label, tensors in restored.items():
+            for name, whole in tensors.items():
+                self.sets[label][name].copy_(_part(whole, self._live[name]))
 
     def _follow_buffers(self) -> None:
-        for owner, key, tensor in self._buffers:
-            if owner.get(key) is not tensor:  # assigned to, not changed in place
+        for slots, key, tensor in self._buffers:
+            if slots.get(key) is not tensor:  # assigned to, not changed in place
                 self.scan()
                 return
 
@@ -175,40 +186,55 @@ def _shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _like(tensor: Tensor, average: Tensor) -> Tensor:
-    """The whole average of a tensor, on the CPU."""
-    if isinstance(tensor, DTensor):
-        average = DTensor.from_local(
-            average,
-            tensor.device_mesh,
-            tensor.placements,
-            shape=tensor.shape,
-            stride=tensor.stride(),
-        ).full_tensor()
-    return average.cpu()
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _slots(
+def _wide_copy(tensor: Tensor) -> Tensor:
+    return tensor.to(_wide(tensor), copy=True)
+
+
+def _whole(part: Tensor, live: Tensor) -> Tensor:
+    """The whole of what is sharded as `live` is, on the CPU; itself where that is not sharded."""
+    if not isinstance(live, DTensor):
+        return part
+    mesh = live.device_mesh
+    part = part.to(mesh.device_type)  # from the CPU, where shards are kept there
+    whole = DTensor.from_local(part, mesh, live.placements, shape=live.shape, stride=live.stride())
+    return whole.full_tensor().cpu()
+
+
+def _part(whole: Tensor, live: Tensor) -> Tensor:
+    """What `_whole` was made of; every rank holds the whole."""
+    if not isinstance(live, DTensor):
+        return whole
+    mesh, placements = live.device_mesh, live.placements
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
+
+
+def _floating(
     module: torch.nn.Module,
-) -> Iterator[tuple[str, dict[str, Tensor | None], str, Tensor, bool]]:
-    """Each floating parameter and buffer of the state dict: name, its dict and key, is it a buffer.
+) -> Iterator[tuple[str, dict[str, Tensor | None] | None, Tensor]]:
+    """Each floating parameter and buffer of the state dict: name, where a buffer stands, tensor.
 
-    A shared module comes once, a tensor shared by modules once for each.
+    A tied one has its first name; a buffer that modules share comes once for each.
     """
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            yield name, None, parameter
     for prefix, owner in module.named_modules():
-        for slots, is_buffer in ((owner._parameters, False), (owner._buffers, True)):
-            for key, tensor in slots.items():
-                if tensor is None or not (tensor.is_floating_point() or tensor.is_complex()):
-                    continue
-                if not (is_buffer and key in owner._non_persistent_buffers_set):
-                    yield f"{prefix}.{key}" if prefix else key, slots, key, tensor, is_buffer
+        for key, buffer in owner._buffers.items():
+            if buffer is None or key in owner._non_persistent_buffers_set:
+                continue
+            if buffer.is_floating_point() or buffer.is_complex():
+                yield f"{prefix}.{key}" if prefix else key, owner._buffers, buffer
 
 
-def _fits(average: Tensor | None, tensor: Tensor) -> bool:
+def _fits(kept: Tensor | None, tensor: Tensor) -> bool:
     tensor = _shard(tensor)
     return (
-        average is not None
-        and average.shape == tensor.shape
-        and average.device == tensor.device
-        and average.dtype == torch.promote_types(tensor.dtype, torch.float32)
+        kept is not None
+        and kept.shape == tensor.shape
+        and kept.device == tensor.device
+        and kept.dtype == _wide(tensor)
     )

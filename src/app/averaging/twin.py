@@ -11,16 +11,18 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
 from app.errors import Refused
+from app.parallel.sharded import Sharded
 from app.parallel.split import mean_over_ranks
 
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -44,7 +46,7 @@ def stand_in(pl_module: pl.LightningModule, trainer: pl.Trainer) -> pl.Lightning
                     memo[id(item)] = item
     for parameter in pl_module.parameters():
         # a tensor of its own: Lightning moves a model it has evaluated to the CPU
-        alias = torch.nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+        alias = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
         memo[id(parameter)] = alias
     memo.update((id(buffer), buffer.detach().clone()) for buffer in pl_module.buffers())
     try:
@@ -92,6 +94,9 @@ def recompute_norms(
         twin = stand_in(pl_module, trainer).eval()
         twin.trainer = trainer
         twin.log = _log_nothing  # type: ignore[method-assign]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        has_hook = is_overridden("on_before_batch_transfer", data, pl.LightningDataModule)
+        hooks = data if has_hook else pl_module
         takes_index = len(inspect.signature(twin.training_step).parameters) > 1
         norms = {name: norm for name, norm in norms_of(twin) if name in names}
         for norm in norms.values():
@@ -100,7 +105,7 @@ def recompute_norms(
             norm.reset_running_stats()
         for index, batch in enumerate(chain([first], batches)):
             batch = trainer.precision_plugin.convert_input(batch)
-            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = hooks.on_before_batch_transfer(batch, 0)
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             with trainer.precision_plugin.train_step_context():
                 twin.training_step(*([batch, index] if takes_index else [batch]))
@@ -150,10 +155,35 @@ def evaluator_like(trainer: pl.Trainer) -> pl.Trainer:
     )
 
 
-def norms_of(module: torch.nn.Module) -> list[tuple[str, _BatchNorm]]:
+def norms_of(module: nn.Module) -> list[tuple[str, Any]]:
     """The BatchNorms that keep statistics, by name."""
     return [
         (name, part)
         for name, part in module.named_modules()
-        if isinstance(part, _BatchNorm) and part.running_mean is not None
+        if isinstance(part, NORMS) and part.running_mean is not None
     ]
+
+
+def refuse_norms(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Raise Refused where the model has BatchNorms and `recompute_norms` could not run it."""
+    if not norms_of(pl_module):
+        return
+    model = type(pl_module).__name__
+    instead = "type averaging.bn_batches=null"
+    if isinstance(trainer.strategy, Sharded):
+        raise Refused(
+            f"averaging.bn_batches runs a copy of {model}, which cannot be made of sharded "
+            f"weights; {instead}"
+        )
+    parameters = inspect.signature(pl_module.training_step).parameters
+    for why, is_so in (
+        ("it steps its own optimizers (automatic_optimization=False)",
+         not pl_module.automatic_optimization),
+        ("its training_step takes dataloader_iter", "dataloader_iter" in parameters),
+    ):  # fmt: skip
+        if is_so:
+            raise Refused(
+                f"averaging.bn_batches cannot act with {model}: {why}; {instead} to average the "
+                "running statistics instead"
+            )
+    stand_in(pl_module, trainer)

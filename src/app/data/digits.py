@@ -2,6 +2,7 @@
 
 import torch
 
+from app import pip_install
 from app.data.in_memory import InMemoryData, Splits
 from app.errors import Refused
 
@@ -40,7 +41,8 @@ class Digits(InMemoryData):
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise Refused("data=digits needs scikit-learn: pip install 'app[digits]'") from error
+            install = pip_install("digits")
+            raise Refused(f"data=digits needs scikit-learn; type {install}") from error
         images, digits = load_digits(return_X_y=True)
         features = torch.from_numpy(images).float() / 16
         labels = torch.from_numpy(digits).long()

@@ -1,1 +1,2 @@
-"""One run in several processes of this machine: how they are started."""
+"""One run in processes of this machine, several or one of its own: how they are started, and on
+which devices."""

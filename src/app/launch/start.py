@@ -8,15 +8,16 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from app.config import SINGLE, check
+from app.config import Config, check, is_single, with_overrides
 from app.errors import RankFailed, Refused
 from app.process.imports import importing
 from app.process.ranks import num_slurm_tasks, ranks, started_elsewhere
-from app.run.folder import RunFolder
-from app.tuner.keys import startable, with_overrides
+from app.record.folder import RunFolder
+from app.record.states import State
+from app.tuner.keys import startable
 
 
-def placed(cfg: DictConfig) -> DictConfig:
+def placed(config: Config) -> Config:
     """The configuration with what only the place of its run tells: its devices, and its folder.
 
     Where torchrun or srun started the ranks, the folder is that of rank 0: a name made from the
@@ -24,48 +25,47 @@ def placed(cfg: DictConfig) -> DictConfig:
 
     Raises Refused where those are not as many processes as the configuration asks for.
     """
-    _refuse_without_gpu(cfg)
-    devices = _devices(cfg)
-    found = with_overrides(cfg, {"trainer.devices": devices, **of_hydra(cfg)})
+    _refuse_without_gpu(config)
+    known = {"trainer.devices": _devices(config), **of_hydra(config.composed)}
+    found = check(startable(with_overrides(config.composed, known)))
     if not started_elsewhere():
-        if found.trainer.num_nodes > 1:
+        if config.trainer.num_nodes > 1:
             raise Refused(
-                f"trainer.num_nodes={found.trainer.num_nodes} needs torchrun or srun to start the "
+                f"trainer.num_nodes={config.trainer.num_nodes} needs torchrun or srun to start the "
                 "processes on every machine; type trainer.num_nodes=1"
             )
         return found
-    check(startable(found))  # each rank refuses for itself, before any waits for another
     given = RunFolder(Path(found.run_dir))
     shared = ranks().first(lambda: {"name": found.name, "run_dir": found.run_dir})
     if shared["run_dir"] != str(given.path) and given.path.exists():
         given.remove_if_empty()
-    return with_overrides(found, shared)
+    return found.changed(shared)
 
 
-def run_ranks(work: Callable[..., Any], cfg: DictConfig, *arguments: Any) -> Any:
-    """Call `work(cfg, *arguments)` in a process for each device; returns rank 0's value.
+def run_ranks(work: Callable[..., Any], config: Config, *arguments: Any) -> Any:
+    """Call `work(config, *arguments)` in a process for each device; returns rank 0's value.
 
     A failure is in result.json, also that of a rank that was killed.
     """
     with importing():
         from app.launch.local import run_local
         from app.run.build import collect_shared_data
-    packs = collect_shared_data(check(cfg), num_processes=cfg.trainer.devices)
-    folder = RunFolder(Path(cfg.run_dir))
+    packs = collect_shared_data(config, num_processes=int(config.trainer.devices))
+    folder = RunFolder(Path(config.run_dir))
     try:
         return run_local(
             _with_packs,
             packs,
             work,
-            cfg,
+            config,
             *arguments,
-            num_processes=cfg.trainer.devices,
-            start_method=cfg.strategy.start_method.value,
+            num_processes=int(config.trainer.devices),
+            start_method=config.strategy.start_method.value,
             logging_config=_logging_config(),
         )
     except RankFailed as failure:
         result = folder.read_result() or {}
-        result |= {"status": "failed", "error": failure.error, "rank": failure.rank}
+        result |= {"status": State.failed, "error": failure.error, "rank": failure.rank}
         result.pop("where", None)  # of rank 0, which may only have lost its peer
         folder.write_result(result)
         raise
@@ -80,39 +80,39 @@ def _with_packs(packs: Any, work: Callable[..., Any], *arguments: Any) -> Any:
     return work(*arguments)
 
 
-def _devices(cfg: DictConfig) -> int:
+def _devices(config: Config) -> int:
     """Processes of this machine."""
-    asked = cfg.trainer.devices
+    asked = config.trainer.devices
     if started_elsewhere():
         started = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
-        started = started or num_slurm_tasks() // cfg.trainer.num_nodes
+        started = started or num_slurm_tasks() // config.trainer.num_nodes
         if asked not in ("auto", started):
             raise Refused(
                 f"trainer.devices must be {started}, the processes that were started on this "
                 f"machine, got {asked}; type trainer.devices={started}"
             )
         machines = ranks().size // started
-        if cfg.trainer.num_nodes != machines:
+        if config.trainer.num_nodes != machines:
             raise Refused(
                 f"trainer.num_nodes must be {machines}, the machines on which processes were "
-                f"started, got {cfg.trainer.num_nodes}; type trainer.num_nodes={machines}"
+                f"started, got {config.trainer.num_nodes}; type trainer.num_nodes={machines}"
             )
         return started
     if asked != "auto":
         return int(asked)
-    if cfg.strategy._target_ == SINGLE or cfg.trainer.accelerator.value == "cpu":
+    if is_single(config.strategy) or config.trainer.accelerator == "cpu":
         return 1
     with importing():
         import torch
     return max(1, torch.cuda.device_count())
 
 
-def _refuse_without_gpu(cfg: DictConfig) -> None:
+def _refuse_without_gpu(config: Config) -> None:
     """Raise Refused where something needs a GPU and trainer.accelerator=auto finds none."""
-    if cfg.trainer.accelerator.value != "auto":
+    if config.trainer.accelerator != "auto":
         return
     try:
-        check(with_overrides(cfg, {"trainer.accelerator": "cpu"}))
+        config.changed({"trainer.accelerator": "cpu"})
     except Refused as refusal:
         with importing():
             import torch

@@ -8,14 +8,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 
 from app.parallel.split import WHOLE, SharedSampler, share_of, split
-
-LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
 
 
 class DataParallel(pl.Callback):
@@ -37,14 +34,13 @@ class DataParallel(pl.Callback):
         self._sampler: Any = None
         self._weight = 1.0
 
-    def attach(self, data: pl.LightningDataModule, model: pl.LightningModule) -> None:
-        """Let what provides the loaders serve this rank's share of them."""
-        for name in LOADERS:
-            overridden = is_overridden(name, data, pl.LightningDataModule)
-            source = data if overridden else model
-            if overridden or is_overridden(name, model):
-                setattr(source, name, partial(self._loaders, name, getattr(source, name)))
-        model.log = partial(self._log, model, model.log)  # type: ignore[method-assign]
+    def loaders(self, name: str, make: Callable[[], Any]) -> Callable[[], Any]:
+        """What serves this rank's share in place of the method that makes the loaders."""
+        return partial(self._loaders, name, make)
+
+    def log(self, model: pl.LightningModule, log: Callable[..., None]) -> Callable[..., None]:
+        """What logs the mean over the ranks in place of a model's own method."""
+        return partial(self._log, model, log)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._share = share_of(trainer)

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from inspect import Parameter
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -64,12 +65,20 @@ def located(key: str, name: str) -> Callable[..., Any]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # of a module of the user's: anything, sys.exit too
-        raise Refused(f"{rule}: {_origin(error)}") from error
+        raise Refused(f"{rule}: {_origin(error)}{_hidden(name)}") from error
     if not callable(found):
         is_module = isinstance(found, ModuleType)
         what = f"module; type {key}._target_={name}.CLASS" if is_module else type(found).__name__
         raise Refused(f"{rule}, which is a {what}")
     return found  # type: ignore[no-any-return]
+
+
+def _hidden(name: str) -> str:
+    """What to say where a package `app` of the user's may be meant, which this one hides."""
+    theirs, ours = Path("app"), Path(__file__).parents[1]
+    if not name.startswith("app.") or not theirs.is_dir() or theirs.samefile(ours):
+        return ""
+    return f"; {theirs.absolute()} is hidden by this package, app too: rename it"
 
 
 def _found(name: str) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.process.files import read_steps, skipped
+from app.record.states import State
 from app.report.metric import is_a_loss, stem
 from app.report.reading import tried
 from app.report.statistics import LARGEST
@@ -99,7 +100,7 @@ def panels(report: Report, told: list[str]) -> list[Panel]:
 
 
 def _curves(row: Row, names: Sequence[str], told: list[str]) -> dict[str, list[dict[float, float]]]:
-    finished = [run for run in row.config.runs if run.state == "finished"]
+    finished = [run for run in row.config.runs if run.state == State.finished]
     by_seed = {run.folder if run.seed is None else run.seed: run for run in finished}
     read = [read_curves(run.folder / "metrics.csv", names, told) for run in by_seed.values()]
     return {name: [one[name] for one in read if one[name]] for name in names}

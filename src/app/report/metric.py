@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.errors import Refused
+from app.record.states import State
 from app.report.reading import Run
 
 LOWER_IS_BETTER = {"loss", "error", "err", "perplexity", "ppl", "mse", "rmse", "mae", "nll", "ece",
@@ -36,7 +37,7 @@ def choose_metric(runs: Sequence[Run], *, name: str | None, mode: str | None) ->
     """
     if mode not in (None, "min", "max"):
         raise Refused(f"--mode must be min or max, got {mode}; type --mode max")
-    finished = [run for run in runs if run.state == "finished"]
+    finished = [run for run in runs if run.state == State.finished]
     known = list(dict.fromkeys(m for run in finished for m in run.result.get("metrics") or ()))
     if not known:
         return None

@@ -18,7 +18,6 @@ from app.report.tables import answer, error_line, headlines
 
 MOST_PLOTS = 24
 FINDERS = ("batch_size", "lr_find")
-UNDER_WAY = ("running", "queued")
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def _head(run: Run) -> str:
 
 
 def _under_way(report: Report) -> str:
-    runs = [run for run in report.runs if run.state in UNDER_WAY]
+    runs = [run for run in report.runs if run.state.is_under_way]
     if not runs:
         return ""
     lines = [_head(run) + (f"<p>{escape(run.error)}</p>" if run.error else "") for run in runs]

@@ -2,6 +2,7 @@
 
 from html import escape
 
+from app.record.states import State
 from app.report.configurations import text
 from app.report.numbers import Digits, duration, shortened
 from app.report.ranges import Scale
@@ -136,7 +137,7 @@ def _runs(report: Report, row: Row, digits: Digits) -> str:
     name = report.metric.name if report.metric else ""
     lines = []
     for run in sorted(row.config.runs, key=lambda run: (run.seed is None, run.seed or 0)):
-        value = (run.result.get("metrics") or {}).get(name) if run.state == "finished" else None
+        value = (run.result.get("metrics") or {}).get(name) if run.state == State.finished else None
         found = " ".join(f"{key}={text(item)}" for key, item in run.tuned.items())
         lines.append(
             f"<tr><td>{escape(str(run.seed))}</td><td>{badge(run)}</td>"
@@ -154,5 +155,5 @@ def _runs(report: Report, row: Row, digits: Digits) -> str:
 
 def badge(run: Run) -> str:
     """The state of a run, coloured, with what else is known of its end where it did not finish."""
-    words = run.state if run.state == "finished" else problem_words(run)
+    words = run.state if run.state == State.finished else problem_words(run)
     return f'<span class="state {escape(run.state)}">{escape(words)}</span>'

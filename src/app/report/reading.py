@@ -9,10 +9,9 @@ from typing import Any, ParamSpec, TypeVar
 
 from app.errors import Refused, Unreadable
 from app.process.files import is_locked, read_yaml, read_yaml_list, why
-from app.report.states import true_state
-from app.run.folder import CONFIG, RunFolder, refuse_other_shape
-from app.run.states import ENDED, SLURM_JOB, UNREADABLE
-from app.slurm.states import state_of, states
+from app.record.folder import CONFIG, RunFolder, refuse_other_shape
+from app.record.states import State
+from app.slurm.states import Signs, has_searched, true_states
 from app.sweep.folder import SweepFolder
 from app.sweep.journal import NAME as JOURNAL
 from app.sweep.journal import Job
@@ -28,9 +27,6 @@ class Run:
     """One run as it lies in its folder.
 
     Attributes:
-        state: finished, pruned, running, failed, interrupted, cancelled, queued, missing: finished
-            or pruned according to the journal, but not there, or unreadable: its config.yaml or its
-            result.json is torn, or no run's.
         config: as it was written, `${run_dir}` unresolved; None where the run did not come so far.
         typed: the overrides of its command; None where they cannot be read.
         tuned: what a finder of this run found, by key.
@@ -40,7 +36,7 @@ class Run:
     """
 
     folder: Path
-    state: str
+    state: State
     error: str | None
     config: dict[str, Any] | None
     typed: list[str] | None
@@ -83,7 +79,7 @@ def read_runs(top: Path) -> Found:
         )
     reader = _Reader()
     reader.visit(top, reader.sweep_at(top.parent) if _is_run(top) else None)
-    reader.ask_slurm()
+    reader.settle()
     if not reader.runs and reader.notes:
         raise Refused(f"no run could be read: {'; '.join(sorted(reader.notes))}")
     if not reader.runs:
@@ -115,6 +111,7 @@ class _Reader:
     def __init__(self) -> None:
         self.runs: dict[Path, Run] = {}
         self.notes: list[str] = []
+        self._signs: dict[Path, Signs] = {}
 
     def visit(self, top: Path, sweep: _Sweep | None) -> None:
         """Read the run that a folder is, or all that are in it."""
@@ -136,18 +133,11 @@ class _Reader:
         for path in sorted(begun.keys() - self.runs.keys() - above):
             self._read(path, begun[path])
 
-    def ask_slurm(self) -> None:
-        """Let the runs that are in SLURM's hands have the states that they have there."""
-        jobs = {
-            path: run.result[SLURM_JOB]
-            for path, run in self.runs.items()
-            if SLURM_JOB in run.result and run.state not in (*ENDED, UNREADABLE)
-        }
-        said = states(list(jobs.values()))
-        for path, job in jobs.items():
-            if job in said:
-                run = self.runs[path]
-                run.state, run.error = state_of(run.result, said[job])
+    def settle(self) -> None:
+        """Give the runs their states."""
+        states = true_states(list(self._signs.values()))
+        for path, (state, error) in zip(self._signs, states, strict=True):
+            self.runs[path].state, self.runs[path].error = state, error
 
     def sweep_at(self, folder: Path) -> _Sweep | None:
         """The sweep whose folder this is; None where it is none's."""
@@ -168,15 +158,15 @@ class _Reader:
         config = tried(torn, _config, folder)
         result = tried(torn, folder.read_result) or {}
         if torn:
-            result = {**result, "status": UNREADABLE, "error": "; ".join(torn)}
-        is_held = result.get("status") not in ("finished", UNREADABLE) and tried(
-            self.notes, is_locked, folder.lock_path
-        )
-        state, error = true_state(
-            result,
-            job,
+            result = {**result, "status": State.unreadable, "error": "; ".join(torn)}
+        is_over = result.get("status") in (State.finished, State.unreadable)
+        is_held = not is_over and tried(self.notes, is_locked, folder.lock_path)
+        self._signs[path] = Signs(
+            result=result,
+            job=job,
             is_held=bool(is_held),
             is_launched=sweep is not None and sweep.is_launched,
+            is_search=has_searched(path),
         )
         untold: list[str] = []
         typed = tried(untold, read_yaml_list, path / "overrides.yaml")
@@ -187,8 +177,8 @@ class _Reader:
         self.notes += untold
         self.runs[path] = Run(
             folder=path,
-            state=state,
-            error=error,
+            state=State.queued,  # until all are settled
+            error=None,
             config=config,
             typed=typed,
             tuned=tuned or {},

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from app.record.states import State
 from app.report.configurations import (
     NOTHING,
     Configuration,
@@ -20,9 +21,6 @@ from app.report.metric import Metric, choose_metric
 from app.report.numbers import shortened
 from app.report.reading import Found, Run
 from app.report.statistics import Estimate, estimate, mean_of
-from app.run.states import UNREADABLE
-
-PROBLEMS = ("failed", "interrupted", "cancelled", "missing", UNREADABLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +49,7 @@ class Row:
     config_diff: list[tuple[str, str, str]]
 
     @property
-    def states(self) -> Counter[str]:
+    def states(self) -> Counter[State]:
         """How many runs are in which state."""
         return Counter(run.state for run in self.config.runs)
 
@@ -125,7 +123,9 @@ def summarize(
         values = list(by_seed.values())
         finite = [value for value in values if math.isfinite(value)]
         pick = min if chosen and chosen.lower_is_better else max
-        seconds = [run.seconds for run in config.runs if run.state == "finished" and run.seconds]
+        seconds = [
+            run.seconds for run in config.runs if run.state == State.finished and run.seconds
+        ]
         paired = [by_seed[seed] - base_values[seed] for seed in by_seed if seed in base_values]
         compared = base is not None and config is not base
         assert usual is not None
@@ -155,7 +155,7 @@ def summarize(
         baseline=None,
         common="",
         repeats=repeats,
-        problems=[run for run in found.runs if run.state in PROBLEMS],
+        problems=[run for run in found.runs if run.state.is_lost or run.state.has_no_result],
     )
     by_config = {id(row.config): report.label(row) for row in report.rows}
     return replace(
@@ -169,7 +169,7 @@ def _by_seed(config: Configuration, metric: Metric | None) -> tuple[dict[object,
     """The metric by seed, the mean where a seed was run again; and how many runs were that."""
     values: dict[object, list[float]] = {}
     for run in config.runs:
-        if run.state == "finished" and metric and metric.name in run.result.get("metrics", {}):
+        if run.state == State.finished and metric and metric.name in run.result.get("metrics", {}):
             seed = run.folder if run.seed is None else run.seed
             values.setdefault(seed, []).append(float(run.result["metrics"][metric.name]))
     repeats = sum(len(same) - 1 for same in values.values())

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from app.record.states import State
 from app.report.configurations import NOTHING
 from app.report.numbers import MOST_OF_A_TEXT, Digits, duration
 from app.report.reading import Run
@@ -27,7 +28,7 @@ def cells(report: Report) -> tuple[list[str], list[list[str]]]:
     heads = [*report.columns, "n", metric, "95 % interval", "best", "time a run"]
     if report.baseline is not None:
         heads += ["difference", "95 % interval ", "seeds"]
-    if any(set(row.states) != {"finished"} for row in report.rows):
+    if any(set(row.states) != {State.finished} for row in report.rows):
         heads += ["runs"]
     digits, signed = digits_of(report)
     lines = []
@@ -59,7 +60,7 @@ def digits_of(report: Report) -> tuple[Digits, Digits]:
     return Digits(row.mean for row in report.rows), Digits(row.versus for row in report.rows)
 
 
-def states(count: Counter[str]) -> str:
+def states(count: Counter[State]) -> str:
     """`3 finished, 1 failed`."""
     return ", ".join(f"{number} {state}" for state, number in count.most_common())
 
@@ -122,8 +123,8 @@ def error_line(text: str) -> str:
 
 def problem_words(run: Run) -> str:
     """State and failing rank, attempt and device where they are known."""
-    words = [run.state]
-    if "rank" in run.result and run.state == "failed":
+    words = [str(run.state)]
+    if "rank" in run.result and run.state == State.failed:
         words.append(f"rank {run.result['rank']}")
     if run.job is not None:
         words += [f"attempt {run.job.attempt}"] if run.job.attempt > 1 else []
@@ -240,6 +241,6 @@ def _numbers(row: Row) -> list[object]:
         *([versus.mean, versus.low, versus.high] if versus else [None] * 3),
         row.common_seeds,
         len(row.config.runs),
-        row.states["finished"],
+        row.states[State.finished],
         " ".join(str(run.folder) for run in row.config.runs),
     ]

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from app.accumulate import Accumulation
-from app.config import SINGLE
+from app.config import Config, is_single
 from app.errors import Refused
 from app.optim import configure_optimizers
 from app.parallel.data_parallel import DataParallel
+from app.parallel.sharded import Sharded
 from app.process.targets import refuse_targets
 from app.run.checkpoint import CheckpointFiles, Checkpoints
+from app.run.hooks import DataHooks, around_training
 from app.run.metrics import AwaitedMetrics, StepMetrics, awaited_metrics
 from app.run.resume import ExactResume
 from app.run.trainer import Trainer
@@ -35,6 +38,7 @@ class Run:
     model: pl.LightningModule
     data: pl.LightningDataModule
     trainer: Trainer
+    hooks: DataHooks
 
     def metrics(self) -> dict[str, float]:
         """What the fit has measured last, also before it was continued."""
@@ -57,117 +61,144 @@ class Run:
 
 
 def build(
-    config: Mapping[str, Any],
+    config: Config,
     extra_callbacks: Sequence[pl.Callback],
     finders: Sequence[pl.Callback] = (),
+    techniques: Sequence[pl.Callback] | None = None,
+    served: Callable[[Any], Any] | None = None,
 ) -> Run:
     """Build model, data, callbacks and trainer from a checked, resolved configuration.
 
     Args:
         extra_callbacks: act after the techniques, before the callbacks of the configuration.
         finders: act inside the fit, right after the techniques.
+        techniques: in place of those of the configuration, as `build_techniques` makes them.
+        served: changes what `train_dataloader` returns, before it is made to find its place again.
 
     Raises:
         Refused: where `model` or `data` is not a LightningModule or LightningDataModule.
         ValueError: where an `optimizer=` is chosen for a model that steps its own optimizers.
     """
-    refuse_targets(config)
-    model, data = build_model_and_data(config)
-    if config["optimizer"] is not None:
-        _replace_optimizers(model, config)
-    _rewrite_forwards(model, config)
+    refuse_targets(config.plain)
+    model, data, hooks = _make_model_and_data(config)
+    if config.optimizer is not None:
+        _replace_optimizers(model, hooks, config.plain)
+    _rewrite_forwards(model, hooks, config.plain)
     parallel: list[DataParallel] = []
-    if config["strategy"]["_target_"] != SINGLE:
-        weighted = (config["accumulate"] or {}).get("weight_by") is None
+    techniques = build_techniques(config) if techniques is None else techniques
+    if not is_single(config.strategy):
+        weighted = all(getattr(one, "weight_by", None) is None for one in techniques)
         parallel.append(DataParallel(weighted=weighted))
-        parallel[0].attach(data, model)
+        hooks.around_loaders(parallel[0].loaders)
+        hooks.around_log(lambda _, log: parallel[0].log(model, log))
+    if served is not None:
+        hooks.around_loaders(around_training(served))
     resume = ExactResume()
-    resume.attach(
-        data if is_overridden("train_dataloader", data, pl.LightningDataModule) else model
-    )
-    techniques = [_make(config[group]) for group in TECHNIQUES if config[group] is not None]
+    hooks.around_loaders(around_training(resume.resumable))
     for technique in techniques:
         if isinstance(technique, Accumulation):
             technique.refuse_manual_optimization(model)
-    loggers = [_make(logger) for logger in (config["logger"] or {}).values() if logger]
+    made = [_make(logger) for logger in (config.plain["logger"] or {}).values() if logger]
+    loggers = [logger for logger in made if logger is not None]
     callbacks = [
         *techniques,
         *finders,
         *parallel,
         StepMetrics(),
-        AwaitedMetrics(awaited_metrics(config)),
+        AwaitedMetrics(awaited_metrics(config.plain)),
         resume,
         *extra_callbacks,
-        *build_callbacks(config),
+        *build_callbacks(config.plain["callbacks"]),
     ]
     trainer = build_trainer(config, callbacks=callbacks, loggers=loggers)
-    return Run(model=model, data=data, trainer=trainer)
+    return Run(model=model, data=data, trainer=trainer, hooks=hooks)
+
+
+def build_techniques(config: Config) -> list[pl.Callback]:
+    """The techniques that act on a step, in their order."""
+    return [_make(config.plain[group]) for group in TECHNIQUES if config.plain[group] is not None]
+
+
+def holds_whole_model(config: Config) -> bool:
+    """Whether each rank has all weights, so that it can take its steps alone."""
+    strategy = _make(config.plain["strategy"])
+    shards = isinstance(strategy, DeepSpeedStrategy | Sharded)
+    is_ddp = isinstance(strategy, DDPStrategy) and not shards
+    return strategy == "auto" or is_ddp
 
 
 def build_model_and_data(
-    config: Mapping[str, Any],
+    config: Config,
 ) -> tuple[pl.LightningModule, pl.LightningDataModule]:
     """Seed all generators, then build what is trained; its data are shared, where that is chosen.
 
-    Raises TypeError where one is not a LightningModule or LightningDataModule.
+    Raises Refused where one is not a LightningModule or LightningDataModule.
     """
-    refuse_targets({group: config[group] for group in ("model", "data", "sharing")})
-    seed_all(config)
-    model, data = _make(config["model"]), _make(config["data"])
+    model, data, _ = _make_model_and_data(config)
+    return model, data
+
+
+def _make_model_and_data(
+    config: Config,
+) -> tuple[pl.LightningModule, pl.LightningDataModule, DataHooks]:
+    refuse_targets({group: config.plain[group] for group in ("model", "data", "sharing")})
+    seed_all(config.seed)
+    model, data = _make(config.plain["model"]), _make(config.plain["data"])
     for key, value, kind in (
         ("model", model, pl.LightningModule),
         ("data", data, pl.LightningDataModule),
     ):
         if not isinstance(value, kind):  # a function has made it
+            made_by = config.plain[key]["_target_"]
             raise Refused(
-                f"{key}._target_ must make a {kind.__name__}, got {config[key]['_target_']}; type "
+                f"{key}._target_ must make a {kind.__name__}, got {made_by}; type "
                 f"{key}._target_=package.Class"
             )
-    if config["sharing"] is not None:
-        _make(config["sharing"]).attach(data, config)
-    return model, data
+    hooks = DataHooks(model, data)
+    if config.sharing is not None:
+        _make(config.plain["sharing"]).attach(data, config.plain)
+    return model, data, hooks
 
 
-def seed_all(config: Mapping[str, Any]) -> None:
+def seed_all(seed: int) -> None:
     """Seed all generators: before anything is built, and before a test, which then draws the same
     numbers in a run that was cut, and in `app.evaluate`."""
-    pl.seed_everything(config["seed"], workers=True, verbose=False)
+    pl.seed_everything(seed, workers=True, verbose=False)
 
 
-def collect_shared_data(config: Mapping[str, Any], *, num_processes: int) -> "Packs | None":
+def collect_shared_data(config: Config, *, num_processes: int) -> "Packs | None":
     """The data as every rank will set them up, in shared memory; None where that is not chosen."""
-    if config["sharing"] is None or config["sharing"]["_target_"] != "app.sharing.Shared":
+    sharing = None if config.sharing is None else _make(config.plain["sharing"])
+    if sharing is None or not sharing.collects_before_start:
         return None
-    shared = _make(config["sharing"])
-    model, data = build_model_and_data({**config, "sharing": None})
+    model, data = build_model_and_data(config.but(sharing=None))
     stages = ["fit"]
-    if config["test"] != "none" and _has_test(model, data):
+    if config.test != "none" and _has_test(model, data):
         stages.append("test")
-    packs: Packs = shared.collect(data, config, stages=stages, num_processes=num_processes)
+    packs: Packs = sharing.collect(data, config.plain, stages=stages, num_processes=num_processes)
     return packs
 
 
-def build_callbacks(config: Mapping[str, Any]) -> list[pl.Callback]:
+def build_callbacks(chosen: Mapping[str, Any] | None) -> list[pl.Callback]:
     """Build the group `callbacks`."""
-    return [_make(callback) for callback in (config["callbacks"] or {}).values() if callback]
+    return [_make(callback) for callback in (chosen or {}).values() if callback]
 
 
 def build_trainer(
-    config: Mapping[str, Any], *, callbacks: Sequence[pl.Callback], loggers: Sequence[Logger]
+    config: Config, *, callbacks: Sequence[pl.Callback], loggers: Sequence[Logger]
 ) -> Trainer:
     """Build the trainer around its callbacks and loggers."""
     has_bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
-    trainer: Trainer = instantiate(
-        config["trainer"],
-        strategy=_make(config["strategy"]),
-        precision=config["precision"]["mode"],
-        matmul=config["precision"]["matmul"],
-        run_dir=Path(config["run_dir"]),
+    make = instantiate(config.plain["trainer"], _convert_="object", _partial_=True)
+    trainer: Trainer = make(  # given to `instantiate`, a callback that is a dataclass is copied
+        strategy=_make(config.plain["strategy"]),
+        precision=config.plain["precision"]["mode"],
+        matmul=config.plain["precision"]["matmul"],
+        run_dir=Path(config.run_dir),
         callbacks=callbacks,
         loggers=loggers,
         checkpoint_io=CheckpointFiles(),
         enable_progress_bar=has_bar,
-        _convert_="object",
     )
     return trainer
 
@@ -183,28 +214,30 @@ def _make(config: Any) -> Any:
     return instantiate(config, _convert_="all")
 
 
-def _replace_optimizers(model: pl.LightningModule, config: Mapping[str, Any]) -> None:
+def _replace_optimizers(
+    model: pl.LightningModule, hooks: DataHooks, config: Mapping[str, Any]
+) -> None:
     if not model.automatic_optimization:
         raise Refused(
             f"optimizer cannot replace those of {type(model).__name__}, which steps its own "
             "(automatic_optimization=False); type optimizer=none"
         )
     schedule = None if config["scheduler"] is None else _make(config["scheduler"])
-    model.configure_optimizers = partial(  # type: ignore[method-assign, assignment]
-        configure_optimizers, model, _make(config["optimizer"]), schedule
-    )
+    make = partial(configure_optimizers, model, _make(config["optimizer"]), schedule)
+    hooks.in_place_of("configure_optimizers", make)
 
 
-def _rewrite_forwards(model: pl.LightningModule, config: Mapping[str, Any]) -> None:
+def _rewrite_forwards(
+    model: pl.LightningModule, hooks: DataHooks, config: Mapping[str, Any]
+) -> None:
     """Checkpoint blocks, then compile: now, or when the model has made its layers."""
     steps = [_make(config["memory"]).apply] if config["memory"] is not None else []
     if config["compile"] is not None:
         accelerator = config["trainer"]["accelerator"]
         steps.append(partial(_make(config["compile"]).apply, accelerator=accelerator))
     if steps and is_overridden("configure_model", model):
-        model.configure_model = partial(  # type: ignore[method-assign]
-            _configure_model, model, model.configure_model, steps
-        )
+        make = partial(_configure_model, model, model.configure_model, steps)
+        hooks.in_place_of("configure_model", make)
         return
     for step in steps:
         step(model)

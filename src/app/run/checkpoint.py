@@ -22,7 +22,7 @@ from torch import Tensor
 from app.errors import Refused
 from app.process.files import replacing, sync_folder
 from app.process.intact import Checked, refuse_damaged
-from app.run.metrics import MetricsCsv
+from app.record.loggers import MetricsCsv
 from app.run.resume import ExactResume
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))

@@ -11,13 +11,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from app import cli
-from app.config import ALWAYS_ON, SINGLE, refuse_values
+from app.config import ALWAYS_ON, Config, refuse_values
 from app.errors import Refused
 from app.process.files import replacing, write_json
 from app.process.imports import importing
 from app.process.intact import refuse_damaged
 from app.process.targets import refuse_targets
-from app.run.folder import RunFolder
+from app.record.folder import RunFolder
 
 KINDS: Mapping[Any, str] = {
     bool: "true or false",
@@ -120,20 +120,18 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def evaluate(config: Any, folder: RunFolder, *, stage: str, checkpoint: Path) -> None:
+def evaluate(config: Config, folder: RunFolder, *, stage: str, checkpoint: Path) -> None:
     """Print the metrics and write them to `<stage>.json`, or predictions to `predictions.pt`."""
     with importing():
         import torch
 
         from app.run.build import build_callbacks, build_model_and_data, build_trainer, seed_all
 
-    # one device sees every sample once, and any strategy's checkpoint is of whole tensors
-    config = {**config, "strategy": {"_target_": SINGLE}}
-    refuse_targets(config)
+    refuse_targets(config.plain)
     model, data = build_model_and_data(config)
-    callbacks = {**(config["callbacks"] or {}), "checkpoint": None}
-    trainer = build_trainer(config, callbacks=build_callbacks({"callbacks": callbacks}), loggers=[])
-    seed_all(config)
+    callbacks = build_callbacks({**(config.plain["callbacks"] or {}), "checkpoint": None})
+    trainer = build_trainer(config, callbacks=callbacks, loggers=[])
+    seed_all(config.seed)
     # the techniques of the fit are not here: their work is in the weights
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
     if stage == "predict":

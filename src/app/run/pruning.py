@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from app.errors import Refused
 from app.process.ranks import ranks
-from app.run.trials import PRUNED, STORAGE, open_study
+from app.record.trials import PRUNED, STORAGE, STUDY, open_study, url
 
 PARTS = 1000
 """Of an epoch: the study counts in whole numbers. Epochs compare also between batch sizes."""
@@ -94,7 +94,7 @@ class PrunesTrial(pl.Callback):
 
     def _read(self) -> Any:
         """What the storage says of the trial now."""
-        return self._trial.storage.get_trial(self._trial._trial_id)
+        return self._trial.storage.get_trial(self._id)
 
     @cached_property
     def _trial(self) -> Any:
@@ -103,8 +103,16 @@ class PrunesTrial(pl.Callback):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = open_study(self._storage)
         study.pruner = self._made_pruner()
-        found = study.get_trials(deepcopy=False)[self._number]
-        return optuna.trial.Trial(study, found._trial_id)
+        return optuna.trial.Trial(study, self._id)
+
+    @cached_property
+    def _id(self) -> int:
+        """What the storage calls the trial."""
+        from optuna.storages import RDBStorage
+
+        storage = RDBStorage(url(self._storage))
+        study = storage.get_study_id_from_name(STUDY)
+        return int(storage.get_trial_id_from_study_id_trial_number(study, self._number))
 
     def _made_pruner(self) -> Any:
         from optuna import pruners

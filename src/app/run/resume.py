@@ -1,8 +1,7 @@
 """Continuing a run bit-exactly: the random state and the position in the data."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -156,11 +155,10 @@ class ExactResume(pl.Callback):
         self._restored: dict[str, Any] | None = None
         self._weights: dict[str, Any] | None = None
 
-    def attach(self, source: pl.LightningDataModule | pl.LightningModule) -> None:
-        """Let what provides the training data serve resumable loaders."""
-        source.train_dataloader = partial(  # type: ignore[method-assign]
-            self._train_dataloader, source.train_dataloader
-        )
+    def resumable(self, loaders: Any) -> Any:
+        """What `train_dataloader` returned, made to find its place again."""
+        loaders, self._loaders = resumable(loaders)
+        return loaders
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -206,10 +204,6 @@ class ExactResume(pl.Callback):
     def note_before_validation(self) -> None:
         """Note the random state before a validation draws from it, or starts workers with it."""
         self._before_validation = random_state()
-
-    def _train_dataloader(self, train_dataloader: Callable[[], Any]) -> Any:
-        loaders, self._loaders = resumable(train_dataloader())
-        return loaders
 
 
 def _rewind_validation(checkpoint: dict[str, Any]) -> None:

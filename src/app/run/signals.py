@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from app.process.asked import HEEDED, asked
 from app.run.checkpoint import Checkpoints, validation_is_due
+from app.run.hooks import switch_off, switch_on
 from app.run.resume import ExactResume, ResumableLoader
 
 SHARE_OF_TIME = 0.01
@@ -26,6 +27,10 @@ RECENT = 0.1
 
 MOST_S = 0.5
 """How long a signal may wait for the ranks to ask each other, where steps are short."""
+
+
+ASKS = ("on_train_batch_end", "on_validation_batch_end")
+"""Hooks in which a fit asks whether it is to stop."""
 
 
 class Listens(pl.Callback):
@@ -61,8 +66,8 @@ class StopsOnSignal(Listens):
         super().on_train_start(trainer, pl_module)
         self._agreement = _Agreement() if trainer.world_size > 1 else None
         if self._agreement is None:
-            self._sleep()
-        asked.hold(self._wake)
+            switch_off(self, *ASKS)  # it costs nothing until the first signal
+        asked.hold(lambda: switch_on(self, *ASKS))
 
     def on_train_batch_end(
         self,
@@ -111,14 +116,6 @@ class StopsOnSignal(Listens):
             if isinstance(callback, Checkpoints):
                 callback.save(trainer)
         raise SystemExit(asked.exit_code)
-
-    def _sleep(self) -> None:
-        """Cost nothing until the first signal: Lightning passes over hooks that are None."""
-        self.__dict__.update(on_train_batch_end=None, on_validation_batch_end=None)
-
-    def _wake(self) -> None:
-        for hook in ("on_train_batch_end", "on_validation_batch_end"):
-            self.__dict__.pop(hook, None)
 
 
 class _Agreement:

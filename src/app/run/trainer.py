@@ -18,32 +18,14 @@ from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.strategies import Strategy
 
 from app.accumulate import Accumulation
+from app.averaging import AveragingTrainer
 from app.errors import Refused
 from app.precision import use_matmul
 from app.process.ranks import LOOPBACK, keep_to_loopback, started_elsewhere, store_at
+from app.run.hooks import switch_off_inherited
 
 THREADS_PER_CORE = 8
 """More than these wait for each other, for minutes, in each operation."""
-
-EVERY_BATCH = (
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-)
-
-
-def switch_off_inherited_hooks(callback: pl.Callback) -> None:
-    """Set the hooks of every batch that a callback only inherits, and that do nothing, to None.
-
-    Lightning calls what is callable, each in a profiler context of its own: 2 % of a small step for
-    a callback that does nothing at all.
-    """
-    for hook in EVERY_BATCH:
-        if getattr(type(callback), hook) is getattr(pl.Callback, hook):
-            setattr(callback, hook, None)
 
 
 def refuse_hardware(threads: int | None, accelerator: str) -> None:
@@ -79,7 +61,7 @@ class _Alone(LightningEnvironment):
         return port
 
 
-class Trainer(pl.Trainer):
+class Trainer(AveragingTrainer):
     """Lightning's Trainer; its `estimated_stepping_batches` knows accumulation schedules.
 
     Args:
@@ -130,7 +112,7 @@ class Trainer(pl.Trainer):
         # of no concern: what starts the processes is chosen by `launch`
         warnings.filterwarnings("ignore", "The `srun` command is available on your system")
         for callback in callbacks:
-            switch_off_inherited_hooks(callback)
+            switch_off_inherited(callback)
         use_matmul(matmul, mode=precision, accelerator=accelerator)
         refuse_hardware(threads, accelerator)
         if threads is not None:

@@ -1,107 +1,114 @@
 """The two ways in which processes come to one copy of the data."""
 
-import logging
-import secrets
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
+from hashlib import sha256
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from app.process.random_state import random_state, set_random_state
-from app.sharing.needs import (
-    NeedsTrainer,
-    Watch,
-    broken,
+from app.errors import Refused
+from app.process.random_state import random_state, sampling_state, set_random_state
+from app.sharing.key import (
+    Key,
+    digest,
     key_of,
-    names_rank,
+    names_of,
     ranks_of,
-    sources,
     state_of,
+    with_files,
 )
-from app.sharing.packing import UNPICKLABLE, Packed, Plan, unpack
-from app.sharing.regions import (
-    DEV_SHM,
-    InMemory,
-    NoSpace,
-    map_region,
-    new_shared_memory,
-    readable,
-    release_memory,
-)
+from app.sharing.memory import InMemory, NoSpace, Private, new_shared_memory, release_memory
+from app.sharing.packing import Limits, Packed, Plan, Use, unpack
 from app.sharing.store import Store
-
-log = logging.getLogger(__name__)
 
 LARGE = 2**24
 """Bytes that are worth the tenths of a second that it takes to give them back to the system."""
-OWN_COPY = "each process keeps its own copy of the data"
+NONE = "type sharing=none to be told no more"
 
 
-@dataclass(kw_only=True)
-class Given:
+class Given(NamedTuple):
     """Data that the process that started this one has set up; travels between processes.
 
-    `sizes` are those of the chunks, which lie in the region one behind the other.
+    A chunk is memory of a region, from a first byte to an end.
     """
 
-    needs: Mapping[str, Any]
     skeleton: bytes
-    region: InMemory | None
-    sizes: Sequence[int]
+    chunks: list[tuple[InMemory, int, int]]
 
     def packed(self) -> Packed:
         """Map the memory."""
-        if self.region is None:
-            return Packed(skeleton=self.skeleton, chunks=[])
-        memory, bounds = map_region(self.region), np.cumsum([0, *self.sizes]).tolist()
-        chunks = [memory[start:end] for start, end in pairwise(bounds)]
-        return Packed(skeleton=self.skeleton, chunks=chunks)
+        maps = {region: region.map(mmap.ACCESS_COPY) for region, _, _ in self.chunks}
+        chunks = [maps[region][start:end] for region, start, end in self.chunks]
+        return Packed(self.skeleton, chunks)
 
 
 Packs = Mapping[str, Given]
-"""By what decides the data, see `key_of`."""
+"""By what decides the data, see `names_of`."""
 
 _given: list[Packs] = []
 """What this process was given, once: a process may build its data more than once."""
 
 
-@dataclass(kw_only=True)
-class SetUp:
-    """The call of a data module's own setup."""
+class Early(Exception):  # noqa: N818  # reads as the sentence it is
+    """Data cannot be set up before there are ranks."""
+
+
+class Noted:
+    """Stands in for the trainer while data are set up, and notes what else than `world_size` is
+    asked of it; None stands for a trainer that is not there yet."""
+
+    def __init__(self, trainer: pl.Trainer | None, world_size: int) -> None:
+        vars(self).update(_trainer=trainer, world_size=world_size, _asked=[])
+
+    def __getattr__(self, name: str) -> Any:
+        self._asked.append(name)
+        if self._trainer is None:
+            raise Early(f"they ask for trainer.{name}")
+        return getattr(self._trainer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._asked.append(name)
+        setattr(self._trainer, name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("it holds the trainer")
+
+
+class Call(NamedTuple):
+    """The call of a data module's own setup, in a run of so many processes.
+
+    Attributes:
+        is_early: whether these are not started yet.
+    """
 
     data: pl.LightningDataModule
     config: Mapping[str, Any]
     setup: Callable[[Any], None]
     stage: Any
+    world_size: int
+    is_early: bool
 
-    def key(self) -> str:
-        """Of what decides the result."""
-        return key_of(self.data, self.config, str(getattr(self.stage, "value", self.stage)))
-
-
-@dataclass(kw_only=True)
-class Made:
-    """What a setup has made, to be kept where others find it.
-
-    `needs` is None where only this process can use it; `let_go` drops this process's copy, when
-    nothing can fail any more.
-    """
-
-    key: str
-    needs: Mapping[str, Any] | None
-    plan: Plan
-    let_go: Callable[[], None]
+    @contextmanager
+    def noted(self) -> Iterator[Noted]:
+        """Let the trainer be asked through what notes it."""
+        trainer = vars(self.data).get("trainer")
+        noted = Noted(trainer, self.world_size)
+        if trainer is not None or self.is_early:
+            self.data.trainer = noted  # type: ignore[assignment]
+        try:
+            yield noted
+        finally:
+            self.data.trainer = trainer
 
 
-class Sharing(ABC):
+class Sharing:
     """Replaces `setup` of a data module: what it makes is shared, or taken from who made it.
 
     Acts in `setup(stage)`. Afterwards the data module has the same attributes over other memory,
@@ -109,158 +116,102 @@ class Sharing(ABC):
 
     Args:
         cache: folder of the files.
+        key: names what decides the data and is not seen; None = nothing does.
         min_bytes: arrays below this size stay with each process.
         min_items: length from which lists are shared; None = none is.
+
+    Attributes:
+        collects_before_start: whether the process that starts the ranks is to `collect`.
     """
 
-    def __init__(self, *, cache: str, min_bytes: int, min_items: int | None) -> None:
+    collects_before_start = False
+
+    def __init__(
+        self, *, cache: str, key: str | None, min_bytes: int, min_items: int | None
+    ) -> None:
         self.store = Store(Path(cache))
-        self.min_bytes = min_bytes
-        self.min_items = min_items
+        self.key = key
+        self.limits = Limits(min_bytes, min_items)
 
     def attach(self, data: pl.LightningDataModule, config: Mapping[str, Any]) -> None:
         """Act on a data module that was built from the run's resolved configuration."""
-        data.setup = partial(self._called, data, config, data.setup)  # type: ignore[method-assign]
+        data.setup = partial(self._called, data, config["data"], data.setup)  # type: ignore[method-assign]
 
-    def _called(
-        self,
-        data: pl.LightningDataModule,
-        config: Mapping[str, Any],
-        setup: Callable[[Any], None],
-        stage: Any = None,
-    ) -> None:
-        self._set_up(SetUp(data=data, config=config, setup=setup, stage=stage))
+    def _called(self, data: Any, config: Any, setup: Any, stage: Any = None) -> None:
+        self._set_up(Call(data, config, setup, stage, ranks_of(data)[1], False))
 
-    @abstractmethod
-    def _set_up(self, call: SetUp) -> None:
-        """Do what the call would do."""
-
-    def _by_file(self, call: SetUp) -> None:
+    def _set_up(self, call: Call) -> None:
         """Map what the cache folder holds, or make it and put it there."""
-        key = call.key()
-        if self._take_stored(key, call.data):
-            return
-        with self.store.turn(key) as turn:
-            if self._take_stored(key, call.data):
+        key = with_files(self._key(call), call.data, call.config, self.store.folder)
+        try:
+            if key.unseen and self.key is None:
+                call.setup(call.stage)
+                what, why = next(iter(key.unseen.items()))
+                raise Private(
+                    f"{what} of {type(call.data).__name__} cannot be compared with that of other "
+                    f"processes ({why})",
+                    "type sharing.key=1, and another one whenever it changes",
+                )
+            if self._take(call, key):
                 return
-            if not turn.failed:
-                kept = self._make(call, key, self._in_file, known=None, alone=False)
-                turn.failed = not kept
-                return
-        call.setup(call.stage)
+            with self.store.turn(key.text) as has_failed:
+                if has_failed:
+                    call.setup(call.stage)
+                elif not self._take(call, key):
+                    self._make(call, key, self.store.keep)
+        except Private as reason:
+            tell(reason)
 
-    def _take_stored(self, key: str, data: pl.LightningDataModule) -> bool:
-        packed = self.store.find(key, lambda needs: broken(needs, data))
-        if packed is not None:
-            adopt(data, packed)
-        return packed is not None
+    def _take(self, call: Call, key: Key) -> bool:
+        use = partial(adopt, call.data)
+        return any(self.store.take(name, use) for name in names_of(key))
 
-    def _make(
-        self,
-        call: SetUp,
-        key: str,
-        keep: Callable[[Made], Packed | None],
-        *,
-        known: Mapping[str, Any] | None,
-        alone: bool,
-    ) -> bool:
-        """Set up and share the result; False, with a warning, where it stays this process's own.
+    def _key(self, call: Call) -> Key:
+        stage = str(getattr(call.stage, "value", call.stage))
+        return key_of(call.data, call.config, [stage, call.world_size, self.key, *self.limits])
+
+    def _make(self, call: Call, key: Key, keep: Callable[[str, Plan, Use], None]) -> None:
+        """Set up and share the result; raises Private, having set up, where that cannot be.
 
         Args:
-            keep: puts it where others find it; None, with a warning, where there is no room.
-            known: what may be asked of a trainer that there is not yet.
-            alone: whether to share also what no other process could use.
+            keep: puts it, by a name, where others find it, and uses it from there.
         """
-        data, name = call.data, type(call.data).__name__
-        before = state_of(data)
-        with Watch(data, call.config, known=known) as watch:
+        data, name, names = call.data, type(call.data).__name__, names_of(key)
+        outside = {"": data, **{n: vars(data)[n] for n in key.unseen if n in vars(data)}}
+        cuda = digest(random_state()["cuda"])
+        with call.noted() as noted:
             call.setup(call.stage)
-        state = state_of(data)
-        why = None
-        if watch.private is not None:
-            why = f"sharing: {name}.setup reads trainer.{watch.private}, which is one process's"
-        plan, left = self._plan(data, state, watch.after)
-        for attribute, error in left.items():
-            text = f"sharing: {name}.{attribute} cannot be pickled ({error})"
-            if attribute in before and before[attribute] is state[attribute]:
-                rank_zero_warn(f"{text}; it is not shared")
-            elif why is None:
-                why = f"{text}, and setup makes it"
-        if why is not None:
-            rank_zero_warn(f"{why}; " + ("it is not shared" if alone else OWN_COPY))
-            if not alone:
-                return False
-        if alone and not plan.num_bytes:
-            return False
-        is_large = plan.num_bytes >= LARGE
-
-        def let_go() -> None:
-            for attribute in state.keys() - left.keys():
-                delattr(data, attribute)
-            state.clear()
-            before.clear()
-            if is_large:
-                release_memory()
-
-        made = Made(key=key, needs=None if why else watch.needs, plan=plan, let_go=let_go)
-        packed = keep(made)
-        if packed is None:
-            return False
-        adopt(data, packed)
-        del made, plan  # which holds, until now, the regions that it refers to
+        if noted._asked:
+            raise Private(f"{name}.setup reads trainer.{noted._asked[0]}, which others lack", NONE)
+        if digest(random_state()["cuda"]) != cuda:
+            raise Private(f"{name}.setup draws random numbers on the GPU", NONE)
+        drawn = names_of(key) != names
+        content = {"state": state_of(data), "after": sampling_state() if drawn else None}
+        try:
+            plan = Plan(content, self.limits, outside)
+            keep(names[drawn], plan, partial(adopt, data))
+        except (Private, Refused):
+            raise
+        except Exception as error:  # whatever an object raises that makes sense only here
+            what = self._culprit(data, outside)
+            why = f"{what} of {name} cannot be shared ({error})"
+            raise Private(why, f"make it of what a module defines, or {NONE}") from error
+        is_large = sum(plan.sizes) >= LARGE
+        del content, plan  # which hold, until now, what was set up
         if is_large:
             release_memory()
-        return True
 
-    def _plan(
-        self, data: pl.LightningDataModule, state: Mapping[str, Any], after: Mapping[str, Any]
-    ) -> tuple[Plan, dict[str, str]]:
-        """How to pack the state; what had to be left out of it, and why."""
-        left: dict[str, str] = {}
-        while True:
-            content = {name: value for name, value in state.items() if name not in left}
+    def _culprit(self, data: pl.LightningDataModule, outside: Mapping[str, Any]) -> str:
+        for attribute, value in state_of(data).items():
             try:
-                packed = {"state": content, "left": list(left), "after": after}
-                return self._plan_of(data, packed), left
-            except UNPICKLABLE as error:
-                found = self._unpicklable(data, content)
-                left |= found or dict.fromkeys(content, str(error))
-
-    def _unpicklable(
-        self, data: pl.LightningDataModule, state: Mapping[str, Any]
-    ) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for name, value in state.items():
-            try:
-                self._plan_of(data, value)
-            except UNPICKLABLE as error:
-                found[name] = str(error)
-        return found
-
-    def _plan_of(self, data: pl.LightningDataModule, value: Any) -> Plan:
-        outside: dict[str, Any] = {"data": data}
-        if vars(data).get("trainer") is not None:
-            outside["trainer"] = data.trainer
-        return Plan(value, min_bytes=self.min_bytes, min_items=self.min_items, outside=outside)
-
-    def _in_file(self, made: Made) -> Packed | None:
-        assert made.needs is not None
-        try:
-            return self.store.keep(made.key, made.needs, made.plan, before_writing=made.let_go)
-        except NoSpace as lack:
-            rank_zero_warn(
-                f"sharing=mmap needs {readable(lack.needed)} in {self.store.folder}, and its disk "
-                f"has {readable(lack.free)} free; {OWN_COPY} (sharing.cache=PATH is for another "
-                "disk)"
-            )
-            return None
+                Plan(value, self.limits, outside)
+            except Exception:
+                return attribute
+        return "what setup makes"
 
 
 class Mmap(Sharing):
     """Files in a cache folder, mapped by every process, also by those of other runs."""
-
-    def _set_up(self, call: SetUp) -> None:
-        self._by_file(call)
 
 
 class Shared(Sharing):
@@ -269,6 +220,8 @@ class Shared(Sharing):
     `collect` fills it there, `give` hands it to each of those. Without these, a process alone
     shares with its workers, and several do as `Mmap`.
     """
+
+    collects_before_start = True
 
     @staticmethod
     def give(packs: Packs) -> None:
@@ -289,24 +242,30 @@ class Shared(Sharing):
         up by themselves, and share by files, what the packs lack.
         """
         packs: dict[str, Given] = {}
-        rank = names_rank(sources(type(data)))
-        if rank is not None:
-            self._tell(data, f"names {rank} in its source")
-            return packs
-        known = {"world_size": num_processes}
+        name = type(data).__name__
+        about, last = (data, config["data"], data.setup), (num_processes, True)
+        calls = [Call(*about, stage, *last) for stage in stages]
         try:
-            with Watch(data, config, known=known) as watch:
+            key = self._key(calls[0])
+            if key.rank is not None:
+                raise Early(f"{name} names {key.rank} in its source")
+            before = names_of(key)
+            with calls[0].noted():
                 data.prepare_data()
-            if watch.after:
-                self._tell(data, "draws random numbers in prepare_data")
-                return packs
-            for stage in stages:
-                call = SetUp(data=data, config=config, setup=data.setup, stage=stage)
-                keep = partial(self._in_memory, packs)
-                if not self._make(call, call.key(), keep, known=known, alone=False):
+            if names_of(self._key(calls[0])) != before:
+                raise Early(f"{name}.prepare_data draws random numbers, or sets attributes")
+            for call in calls:
+                key = self._key(call)
+                if key.unseen and self.key is None:
                     break
-        except NeedsTrainer as asked:
-            self._tell(data, f"asks for trainer.{asked}")
+                self._make(call, key, partial(self._keep, packs))
+        except (Early, NoSpace) as reason:
+            rank_zero_warn(
+                f"sharing=shared sets up the data before there are ranks, and {reason.args[0]}; "
+                "using sharing=mmap instead"
+            )
+        except Private:
+            pass  # each rank sets up by itself, and says why
         return packs
 
     def attach(self, data: pl.LightningDataModule, config: Mapping[str, Any]) -> None:
@@ -314,66 +273,60 @@ class Shared(Sharing):
         if _given and _given[0] and is_overridden("prepare_data", data, pl.LightningDataModule):
             data.prepare_data = _prepared_before  # type: ignore[method-assign]
 
-    def _set_up(self, call: SetUp) -> None:
-        if not _given and ranks_of(call.data)[1] == 1:
-            self._make(call, call.key(), partial(self._in_memory, {}), known=None, alone=True)
-            return
-        found = _given[0].get(call.key()) if _given else None
-        if found is not None and broken(found.needs, call.data) is None:
-            adopt(call.data, found.packed())
-            return
-        if not _given:
-            rank_zero_warn(
-                "sharing=shared hands memory to the processes that this program starts, and "
-                "another one has started these; using sharing=mmap instead"
-            )
-        self._by_file(call)
-
-    def _in_memory(self, packs: dict[str, Given], made: Made) -> Packed | None:
-        """Into shared memory and `packs`, or into files where it does not fit."""
-        plan, size, region = made.plan, made.plan.num_bytes, None
-        if size:
-            try:
-                memory = new_shared_memory(size)
-            except NoSpace as lack:
+    def _set_up(self, call: Call) -> None:
+        key = self._key(call)
+        found = [packs[name] for packs in _given for name in names_of(key) if name in packs]
+        if found:
+            adopt(call.data, found[0].packed())
+        elif _given or call.world_size > 1:
+            if not _given:
                 rank_zero_warn(
-                    f"sharing=shared needs {readable(lack.needed)} of shared memory, and {DEV_SHM} "
-                    f"has {readable(lack.free)} free (in a container: --shm-size); using "
-                    "sharing=mmap instead"
+                    "sharing=shared hands memory to the processes that this program starts, and "
+                    "another one has started these; using sharing=mmap instead"
                 )
-                if made.needs is None:
-                    return None
-                self.store.make_folder()
-                return self._in_file(made)
-            region = InMemory(name=secrets.token_hex(8), memory=memory)
-        made.let_go()
-        if region is not None:
-            bounds = np.cumsum([0, *plan.sizes]).tolist()
-            for number, (start, end) in enumerate(pairwise(bounds)):
-                plan.write(number, region.memory.numpy()[start:end])
-        given = Given(
-            needs=made.needs or {}, skeleton=plan.skeleton, region=region, sizes=plan.sizes
-        )
-        packs[made.key] = given
-        return given.packed()
+            super()._set_up(call)
+        else:
+            try:
+                self._make(call, key, partial(self._keep, {}))
+            except Private as reason:
+                tell(reason)
 
-    def _tell(self, data: pl.LightningDataModule, what: str) -> None:
-        rank_zero_warn(
-            f"sharing=shared sets up the data before there are ranks, and {type(data).__name__} "
-            f"{what}; using sharing=mmap instead"
-        )
+    def _keep(self, packs: dict[str, Given], name: str, plan: Plan, use: Use) -> None:
+        """Put a plan into shared memory and `packs`; what earlier ones hold is not stored again."""
+        held = {
+            sha256(chunk.data).hexdigest(): place
+            for given in packs.values()
+            for chunk, place in zip(given.packed().chunks, given.chunks, strict=True)
+        }
+        names = [plan.digest(number) if held else str(number) for number in range(len(plan.sizes))]
+        missing = [number for number, digest_ in enumerate(names) if digest_ not in held]
+        bounds = [0, *accumulate(plan.sizes[number] for number in missing)]
+        if missing:
+            region = new_shared_memory(bounds[-1])
+            memory = region.map(mmap.ACCESS_WRITE)
+            for number, (start, end) in zip(missing, pairwise(bounds), strict=True):
+                plan.write(number, memory[start:end])
+                held[names[number]] = region, start, end
+        given = Given(plan.skeleton, [held[name] for name in names])
+        use(given.packed())
+        packs[name] = given
 
 
 def adopt(data: pl.LightningDataModule, packed: Packed) -> None:
     """Let a data module and the random state be what they were when they were packed."""
-    outside = {"data": data, "trainer": vars(data).get("trainer")}
-    content = unpack(packed, outside=outside)
-    for name in state_of(data).keys() - content["state"].keys() - set(content["left"]):
+    content = unpack(packed, {"": data, **vars(data)})
+    for name in state_of(data).keys() - content["state"].keys():
         delattr(data, name)
     vars(data).update(content["state"])
-    if content["after"]:
-        set_random_state({**random_state(), **content["after"]})
+    if content["after"] is not None:
+        set_random_state(content["after"])
+
+
+def tell(reason: Private) -> None:
+    """Warn of data that stay each process's own."""
+    why, instead = reason.args
+    rank_zero_warn(f"sharing: {why}; each process keeps its own copy of the data; {instead}")
 
 
 def _prepared_before() -> None:
-    """The starting process has prepared the data."""
+    """Do nothing: the starting process has prepared the data."""

@@ -6,31 +6,20 @@ it, page by page, as they count references. Packed, it is bytes and offsets.
 
 import operator
 from collections.abc import Iterable, Iterator, MutableSequence, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from app.sharing.regions import Array, is_plain
+from app.sharing.memory import Array, Memory, Piece, address_of, memory_of
 
 SHORT = 1000
 """A slice of fewer items is a list: what it is for, as `torch.stack`, may ask for one."""
 CARRIERS = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}
 """Dtypes of numpy by their size, for those of torch that numpy does not know."""
-
-
-class Column(Protocol):
-    """The items of a list, made when they are asked for."""
-
-    def __len__(self) -> int: ...
-
-    def item(self, index: int) -> Any:
-        """Make the item at an index from 0."""
-
-    def sliced(self, part: slice) -> "Column":
-        """Those items, over the same memory."""
 
 
 @dataclass
@@ -40,85 +29,53 @@ class Numbers:
     values: Array
     of_numpy: bool
 
-    def __len__(self) -> int:
-        return len(self.values)
-
     def item(self, index: int) -> Any:
         return self.values[index] if self.of_numpy else self.values.item(index)
-
-    def sliced(self, part: slice) -> "Numbers":
-        return Numbers(self.values[part], self.of_numpy)
 
 
 @dataclass
 class Texts:
-    """Strings, or bytes."""
+    """Strings, or bytes; `bounds` has one more than there are items."""
 
     data: Array
-    starts: Array
-    ends: Array
+    bounds: Array
     of_bytes: bool
 
-    def __len__(self) -> int:
-        return len(self.starts)
-
     def item(self, index: int) -> str | bytes:
-        found = self.data[self.starts[index] : self.ends[index]].tobytes()
+        found = self.data[self.bounds[index] : self.bounds[index + 1]].tobytes()
         return found if self.of_bytes else found.decode("utf-8", "surrogatepass")
-
-    def sliced(self, part: slice) -> "Texts":
-        return Texts(self.data, self.starts[part], self.ends[part], self.of_bytes)
 
 
 @dataclass
 class Arrays:
     """Arrays of numpy, or tensors, of one dtype; an item is a view.
 
-    `shapes` is that of all, or int64 (n, dimensions). Items were laid out in memory in the order
-    `axes` of their axes; None is the usual order.
+    `layouts` is shape and strides of all, or int64 (n, 2, dimensions). `data` is a Memory until it
+    is pickled.
     """
 
-    data: Array
+    data: Any
     positions: Array
-    shapes: tuple[int, ...] | Array
+    layouts: tuple[Any, Any] | Array
     dtype: Any
-    axes: tuple[int, ...] | None
     of_torch: bool
 
-    def __len__(self) -> int:
-        return len(self.positions)
-
     def item(self, index: int) -> Any:
-        shapes = self.shapes
-        shape = shapes if isinstance(shapes, tuple) else tuple(shapes[index].tolist())
-        if self.axes is not None:
-            shape = tuple(shape[axis] for axis in self.axes)
+        all_ = self.layouts
+        shape, strides = all_ if isinstance(all_, tuple) else all_[index].tolist()
         dtype = CARRIERS[self.dtype.itemsize] if self.of_torch else self.dtype
-        array = np.ndarray(shape, dtype, buffer=self.data, offset=int(self.positions[index]))
-        if self.axes is not None:
-            array = array.transpose(np.argsort(self.axes))
+        array = np.ndarray(shape, dtype, self.data, int(self.positions[index]), strides)
         return torch.from_numpy(array).view(self.dtype) if self.of_torch else array
-
-    def sliced(self, part: slice) -> "Arrays":
-        shapes = self.shapes if isinstance(self.shapes, tuple) else self.shapes[part]
-        positions = self.positions[part]
-        return Arrays(self.data, positions, shapes, self.dtype, self.axes, self.of_torch)
 
 
 @dataclass
 class Rows:
     """Tuples of one length, each place of them a column."""
 
-    columns: list[Column]
-
-    def __len__(self) -> int:
-        return len(self.columns[0])
+    columns: list[Any]
 
     def item(self, index: int) -> tuple[Any, ...]:
         return tuple(column.item(index) for column in self.columns)
-
-    def sliced(self, part: slice) -> "Rows":
-        return Rows([column.sliced(part) for column in self.columns])
 
 
 class PackedList(MutableSequence[Any]):
@@ -128,28 +85,29 @@ class PackedList(MutableSequence[Any]):
     `torch.stack`; slices of fewer than 1,000 items are.
     """
 
-    def __init__(self, column: Column) -> None:
-        self._column: Column = column
+    def __init__(self, column: Any, rows: range) -> None:
+        self._column = column
+        self._rows = rows
         self._changed: list[Any] | None = None
 
     def __len__(self) -> int:
-        return len(self._column) if self._changed is None else len(self._changed)
+        return len(self._rows if self._changed is None else self._changed)
 
     def __iter__(self) -> Iterator[Any]:
         if self._changed is not None:
             return iter(self._changed)
-        return map(self._column.item, range(len(self._column)))
+        return map(self._column.item, self._rows)
 
     def __getitem__(self, index: Any) -> Any:
         if self._changed is not None:
             return self._changed[index]
         if isinstance(index, slice):
-            part = self._column.sliced(index)
-            return PackedList(part) if len(part) >= SHORT else list(PackedList(part))
-        place, size = operator.index(index), len(self._column)
+            part = PackedList(self._column, self._rows[index])
+            return part if len(part) >= SHORT else list(part)
+        place, size = operator.index(index), len(self._rows)
         if not -size <= place < size:
             raise IndexError("list index out of range")
-        return self._column.item(place % size)
+        return self._column.item(self._rows[place])
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self._list()[index] = value
@@ -188,29 +146,17 @@ class PackedList(MutableSequence[Any]):
         return f"<PackedList of {len(self)}>"
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        if self._changed is None and isinstance(self._column, Numbers):
-            return np.array(self._column.values, dtype)
         return np.array(list(self), dtype)
 
     def _list(self) -> list[Any]:
         if self._changed is None:
             self._changed = list(self)
-            self._column = Rows([])
+            self._column = None
         return self._changed
 
 
-@dataclass(eq=False)
-class Scattered:
-    """Arrays or tensors that lie where they were made; becomes `Arrays` when they are packed."""
-
-    items: list[Any]
-    dtype: Any
-    axes: tuple[int, ...] | None
-    of_torch: bool
-
-
 def column_of(items: Sequence[Any]) -> Any:
-    """The items as a column, arrays among them Scattered; None where they are no such list."""
+    """The items as a column; None where they are not of one such kind."""
     kinds = set(map(type, items))
     if len(kinds) != 1:
         return None
@@ -218,31 +164,33 @@ def column_of(items: Sequence[Any]) -> Any:
     if kind is tuple:
         return _rows(items)
     if kind is np.ndarray or kind is Tensor:
-        return _scattered(items, of_torch=kind is Tensor)
+        return _arrays(items, of_torch=kind is Tensor)
     if kind is str or kind is bytes:
         return _texts(items, of_bytes=kind is bytes)
-    if kind in (bool, int, float):
-        try:
-            dtype = {bool: np.bool_, int: np.int64, float: np.float64}[kind]
-            return Numbers(np.fromiter(items, dtype, len(items)), of_numpy=False)
-        except OverflowError:
-            return None
     if issubclass(kind, np.number | np.bool_):
         return Numbers(np.array(items, kind), of_numpy=True)
+    dtype = {bool: np.bool_, int: np.int64, float: np.float64}.get(kind)
+    with suppress(OverflowError):
+        return None if dtype is None else Numbers(np.fromiter(items, dtype, len(items)), False)
     return None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but numbers in the memory of this machine."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not (tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg())
+        and not vars(tensor)
+    )
 
 
 def _rows(rows: Sequence[tuple[Any, ...]]) -> Rows | None:
     lengths = set(map(len, rows))
     if len(lengths) != 1 or 0 in lengths:
         return None
-    columns = []
-    for items in zip(*rows, strict=True):
-        column = column_of(items)
-        if column is None:
-            return None
-        columns.append(column)
-    return Rows(columns)
+    columns = [column_of(items) for items in zip(*rows, strict=True)]
+    return None if None in columns else Rows(columns)
 
 
 def _texts(items: Sequence[Any], *, of_bytes: bool) -> Texts | None:
@@ -251,38 +199,38 @@ def _texts(items: Sequence[Any], *, of_bytes: bool) -> Texts | None:
     encoded = items if of_bytes else [text.encode("utf-8", "surrogatepass") for text in items]
     bounds = np.zeros(len(items) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, encoded), np.int64, len(items)), out=bounds[1:])
-    if bounds[-1] == 0:
-        return None
-    data = np.frombuffer(b"".join(encoded), np.uint8)
-    return Texts(data, bounds[:-1], bounds[1:], of_bytes)
+    return Texts(np.frombuffer(b"".join(encoded), np.uint8), bounds, of_bytes)
 
 
-def _scattered(items: Sequence[Any], *, of_torch: bool) -> Scattered | None:
-    if len({(item.dtype, item.ndim) for item in items}) != 1:
-        return None
+def _arrays(items: Sequence[Any], *, of_torch: bool) -> Arrays | None:
     dtype = items[0].dtype
-    if of_torch:
-        if not all(is_plain(item) or _is_empty(item) for item in items):
-            return None
-    elif dtype.hasobject:
+    if len({(item.dtype, item.ndim) for item in items}) != 1 or (not of_torch and dtype.hasobject):
         return None
-    if all(map(_is_contiguous, items)):
-        return Scattered(list(items), dtype, None, of_torch)
-    first = items[0]
-    steps = first.stride() if of_torch else first.strides
-    axes = tuple(int(axis) for axis in np.argsort([-step for step in steps], kind="stable"))
-    if all(_is_contiguous(_permuted(item, axes)) for item in items):
-        return Scattered(list(items), dtype, axes, of_torch)
-    return None
+    if of_torch and not all(is_plain(item) and not item.requires_grad for item in items):
+        return None
+    pieces: dict[tuple[int, int], Piece] = {}
+    owners = [memory_of(item) for item in items]
+    if any(type(piece.owner) is np.memmap for piece in owners):
+        return None
+    for piece in owners:
+        pieces.setdefault(piece[1:], piece)
+    memory = Memory(pieces.values())
+    if not memory.size:
+        return None
+    moves = {key: place - key[0] for key, place in zip(pieces, memory.places, strict=True)}
+    places = np.zeros(len(items), np.int64)
+    for index, (item, piece) in enumerate(zip(items, owners, strict=True)):
+        is_whole = piece.owner is item and item.flags.c_contiguous
+        if piece.size:
+            address = piece.address if is_whole else address_of(item)
+            places[index] = address + moves[piece[1:]]
+    layouts: Any = [(tuple(item.shape), _strides(item)) for item in items]
+    layouts = layouts[0] if len(set(layouts)) == 1 else np.array(layouts, np.int64)
+    return Arrays(memory, places, layouts, dtype, of_torch)
 
 
-def _is_empty(tensor: Tensor) -> bool:
-    return tensor.numel() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad
-
-
-def _is_contiguous(item: Any) -> bool:
-    return bool(item.is_contiguous() if isinstance(item, Tensor) else item.flags.c_contiguous)
-
-
-def _permuted(item: Any, axes: tuple[int, ...]) -> Any:
-    return item.permute(axes) if isinstance(item, Tensor) else item.transpose(axes)
+def _strides(item: Any) -> tuple[int, ...]:
+    """In bytes."""
+    if isinstance(item, Tensor):
+        return tuple(step * item.element_size() for step in item.stride())
+    return tuple(item.strides)

@@ -1,54 +1,36 @@
 """A folder of data that were set up before: mapped by every process that wants the same.
 
-KEY-NEEDS.pack  an object as a pickle, what it depends on, and which memory it views
-HASH.bin        such memory, named by its content: data of another seed or batch size share it
-KEY.lock        held while the data are set up; files.lock while files are written
-*.part          a file that is being written
+KEY.pack   an object as a pickle, and which memory it views; KEY-STATE.pack where it was drawn
+HASH.bin   such memory, named by its content: data of another seed or batch size share it
+KEY.lock   held while the data are set up; files.lock while files are written
+*.part     a file that is being written
 
 Like a checkpoint, a pack may run code when it is read. So the folder and the files are the user's
 alone, and those of others are not read. The folder may be removed when no run starts.
 """
 
 import fcntl
-import json
 import logging
 import os
+import pickle
 import shutil
-import struct
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import torch
 
 from app.errors import Refused
-from app.sharing.packing import Packed, Plan
-from app.sharing.regions import InFile, NoSpace, allocate, map_region, readable
+from app.sharing.memory import Array, NoSpace, Private, readable
+from app.sharing.packing import Packed, Plan, Use
 
 log = logging.getLogger(__name__)
-
-HEAD = struct.Struct("<8sIQ")  # name of the format, CRC-32 of all behind it, size of the facts
-FORMAT = b"app data"
 
 
 class Damaged(Exception):  # noqa: N818  # reads as the sentence it is
     """A file is not what was written; the text says why."""
-
-
-@dataclass
-class Turn:
-    """The right to set up the data of a key.
-
-    Attributes:
-        failed: whether they cannot be kept; those who wait for their turn meanwhile then set up
-            their own at once, not one after the other.
-    """
-
-    failed: bool
 
 
 class Store:
@@ -57,25 +39,22 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def find(self, key: str, is_broken: Callable[[Mapping[str, Any]], str | None]) -> Packed | None:
-        """What was kept by a key and whose needs are not broken; None where there is nothing."""
-        for path in sorted(self.folder.glob(f"{key}-*.pack")):
-            try:
-                facts, skeleton = _read(path)
-                why = is_broken(facts["needs"])
-                if why is None:
-                    regions = [self._region(*blob) for blob in facts["blobs"]]
-                    return Packed(skeleton=skeleton, chunks=[*map(map_region, regions)])
-                log.debug(f"sharing: {path} is not used: {why}")
-            except Damaged as damage:
-                log.warning(f"sharing: {path} is not used: {damage}; the data are set up anew")
-            except FileNotFoundError:
-                continue
-        return None
+    def take(self, name: str, use: Use) -> bool:
+        """Use what was kept by a name; False where there is nothing, or it cannot be used."""
+        path = self.folder / f"{name}.pack"
+        try:
+            use(self._read(path))
+        except FileNotFoundError:
+            return False
+        except Exception as error:  # whatever the objects of a pack raise
+            log.warning(f"sharing: {path} is not used: {error}; the data are set up anew")
+            return False
+        return True
 
     @contextmanager
-    def turn(self, key: str) -> Iterator[Turn]:
-        """Wait until no other process sets up the data of a key."""
+    def turn(self, key: str) -> Iterator[bool]:
+        """Wait until no other process sets up the data of a key; whether that has failed to keep
+        them. Those who have waited for it then set up at once, not one after the other."""
         self.make_folder()
         with (self.folder / f"{key}.lock").open("a+") as file:
             had_to_wait = False
@@ -86,61 +65,45 @@ class Store:
                 log.info("sharing: waiting for another process, which sets up the same data")
                 fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            turn = Turn(failed=had_to_wait and bool(file.read()))
-            if turn.failed:
+            if had_to_wait and file.read():
                 fcntl.flock(file, fcntl.LOCK_UN)
-                yield turn
+                yield True
                 return
             file.truncate(0)
-            yield turn
-            if turn.failed:
+            try:
+                yield False
+            except Private:
                 file.write("failed")
+                raise
 
-    def keep(
-        self, key: str, needs: Mapping[str, Any], plan: Plan, *, before_writing: Callable[[], None]
-    ) -> Packed:
-        """Write a plan, and map it. NoSpace, with nothing written, where the disk is too small.
-
-        Args:
-            before_writing: called when nothing can fail any more; may let go of the data.
-        """
+    def keep(self, name: str, plan: Plan, use: Use) -> None:
+        """Write a plan, map it, and use it. NoSpace, with nothing written, on too small a disk."""
         names = [plan.digest(number) for number in range(len(plan.sizes))]
         with self._writing():
-            chunks = {name: number for number, name in enumerate(names)}
-            missing = [n for name, n in chunks.items() if not self._holds(name, plan.sizes[n])]
-            needed = sum(plan.sizes[number] for number in missing) + len(plan.skeleton)
-            if needed > self.free():
-                raise NoSpace(needed=needed, free=self.free())
-            parts = [self._new_part(names[n], plan.sizes[n]) for n in missing]
-            before_writing()
-            for number, part in zip(missing, parts, strict=True):
-                size = plan.sizes[number]
-                memory = torch.from_file(str(part), shared=True, size=size, dtype=torch.uint8)
-                plan.write(number, memory.numpy())
-                del memory
-                _settle(part, self._blob(names[number]))
-            blobs = [(name, *_stamp(self._blob(name))) for name in names]
-            facts = json.dumps({"needs": needs, "blobs": blobs}).encode()
-            suffix = sha256(json.dumps(needs, sort_keys=True).encode()).hexdigest()[:8]
-            path = self.folder / f"{key}-{suffix}.pack"
-            content = facts + plan.skeleton
-            part = self.folder / f"{path.name}.part"
-            with open(part, "wb", opener=_private) as file:
-                file.write(HEAD.pack(FORMAT, zlib.crc32(content), len(facts)) + content)
-            _settle(part, path)
-            regions = [self._region(*blob) for blob in blobs]
-            log.info(f"sharing: {readable(plan.num_bytes)} of data are in {path}")
-            return Packed(skeleton=plan.skeleton, chunks=[*map(map_region, regions)])
-
-    def free(self) -> int:
-        """Bytes free on the disk."""
-        return shutil.disk_usage(self.folder).free
+            sizes = dict(zip(names, plan.sizes, strict=True))
+            missing = [blob for blob, size in sizes.items() if not self._holds(blob, size)]
+            needed, free = sum(sizes[blob] for blob in missing), shutil.disk_usage(self.folder).free
+            if needed + len(plan.skeleton) > free:
+                needs = f"{readable(needed)} are needed in {self.folder}"
+                instead = "type sharing.cache=PATH for another disk"
+                raise NoSpace(f"{needs}, and its disk has {readable(free)} free", instead)
+            for blob in missing:
+                with self._new(f"{blob}.bin") as file:
+                    os.posix_fallocate(file.fileno(), 0, sizes[blob])  # or a write ends in SIGBUS
+                    memory = _mapped(Path(file.name), sizes[blob], shared=True)
+                    plan.write(names.index(blob), memory)
+            blobs = [(blob, *_stamp(self.folder / f"{blob}.bin")) for blob in names]
+            use(Packed(plan.skeleton, [self._chunk(*blob) for blob in blobs]))
+            content = pickle.dumps((blobs, plan.skeleton))
+            with self._new(f"{name}.pack") as file:
+                file.write(sha256(content).digest() + content)
+            log.info(f"sharing: {readable(sum(plan.sizes))} of data are in {self.folder}")
 
     def make_folder(self) -> None:
-        """Make sure of it. ValueError where it cannot be written to."""
+        """Make sure of it. Refused where it cannot be written to."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            is_usable = os.access(self.folder, os.W_OK | os.X_OK)
+            is_usable = os.access(self.folder, os.R_OK | os.W_OK | os.X_OK)
         except (PermissionError, FileExistsError, NotADirectoryError):
             is_usable = False
         if not is_usable:
@@ -153,57 +116,51 @@ class Store:
     def _writing(self) -> Iterator[None]:
         with (self.folder / "files.lock").open("a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            self._remove_parts()  # of processes that were killed: we alone write
-            try:
-                yield
-            finally:
-                self._remove_parts()
+            for part in self.folder.glob("*.part"):
+                part.unlink()  # of a process that was killed: we alone write
+            yield
 
-    def _remove_parts(self) -> None:
-        for part in self.folder.glob("*.part"):
-            with suppress(FileNotFoundError):
-                part.unlink()
-
-    def _blob(self, name: str) -> Path:
-        return self.folder / f"{name}.bin"
+    @contextmanager
+    def _new(self, name: str) -> Iterator[BinaryIO]:
+        """A file that gets its name when it is written: whoever finds the name finds all of it."""
+        part = self.folder / f"{name}.part"
+        try:
+            with open(part, "xb", opener=_private) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.folder / name)
+        finally:
+            part.unlink(missing_ok=True)
 
     def _holds(self, name: str, size: int) -> bool:
         """Whether the folder holds these bytes, which are read to be sure."""
-        path = self._blob(name)
-        if not path.exists() or path.stat().st_size != size or not _is_ours(path):
+        path = self.folder / f"{name}.bin"
+        if not path.exists() or not _is_ours(path) or _stamp(path)[0] != size:
             return False
-        found: Any = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-        return sha256(found.numpy()).hexdigest() == name
+        return sha256(_mapped(path, size, shared=False).data).hexdigest() == name
 
-    def _new_part(self, name: str, size: int) -> Path:
-        part = self.folder / f"{name}.bin.part"
-        with open(part, "wb", opener=_private) as file:
-            allocate(file.fileno(), size, free=self.free)
-        return part
+    def _chunk(self, name: str, size: int, changed_ns: int) -> Array:
+        path = self.folder / f"{name}.bin"
+        if not path.exists() or not _is_ours(path) or _stamp(path) != (size, changed_ns):
+            raise Damaged(f"{path.name} is not as it was written")
+        return _mapped(path, size, shared=False)
 
-    def _region(self, name: str, size: int, changed_ns: int) -> InFile:
-        path = self._blob(name)
-        if not path.exists():
-            raise Damaged(f"{path.name} is missing")
+    def _read(self, path: Path) -> Packed:
+        """What a pack that this user wrote holds."""
+        content = path.read_bytes()
         if not _is_ours(path):
-            raise Damaged(f"{path.name} belongs to another user")
-        if _stamp(path) != (size, changed_ns):
-            raise Damaged(f"{path.name} has changed since it was written")
-        return InFile(name=name, path=str(path.absolute()), size=size)
+            raise Damaged("it belongs to another user")
+        if sha256(content[32:]).digest() != content[:32]:
+            raise Damaged("it is damaged: its checksum is wrong")
+        blobs, skeleton = pickle.loads(content[32:])
+        return Packed(skeleton, [self._chunk(*blob) for blob in blobs])
 
 
-def _read(path: Path) -> tuple[dict[str, Any], bytes]:
-    """The facts and the pickle of a pack that this user wrote."""
-    if not _is_ours(path):
-        raise Damaged("it belongs to another user")
-    with path.open("rb") as file:
-        head, content = file.read(HEAD.size), file.read()
-    if len(head) < HEAD.size:
-        raise Damaged("it is damaged: cut off")
-    name, checksum, size = HEAD.unpack(head)
-    if name != FORMAT or zlib.crc32(content) != checksum:
-        raise Damaged("it is damaged: its checksum is wrong")
-    return json.loads(content[:size]), content[size:]
+def _mapped(path: Path, size: int, *, shared: bool) -> Array:
+    # keeps no file descriptor, which mmap.mmap does
+    found: Array = torch.from_file(str(path), shared, size, dtype=torch.uint8).numpy()
+    return found
 
 
 def _is_ours(path: Path) -> bool:
@@ -211,14 +168,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-
-
-def _settle(part: Path, path: Path) -> None:
-    """Give a file that is written its name: whoever finds the name finds all of it."""
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    return os.open(path, flags, 0o600)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -4,19 +4,18 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
-from app.config import SINGLE, check
+from app.config import Config, check, is_single, with_overrides
 from app.errors import Refused
 from app.launch.start import of_hydra
-from app.run.folder import RunFolder, result_in
-from app.run.states import SLURM_JOB
+from app.record.folder import RunFolder, result_in
+from app.record.states import SLURM_JOB, State
 from app.slurm.submitted import Submitted
-from app.tuner.keys import startable, with_overrides
+from app.tuner.keys import startable
 
 FILES = "slurm"
 """The folder of what submitit writes: the script, the pickled jobs, what tasks print."""
@@ -28,26 +27,17 @@ def submit(jobs: Sequence[Submitted], *, settings: Any, folder: Path) -> list[st
     Raises Refused, with what sbatch says, where it does not take them.
     """
     import submitit
-    from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf, SlurmQueueConf
 
-    shared = {name for name in BaseQueueConf.__dataclass_fields__ if name != "submitit_folder"}
     arrays: dict[str, list[Submitted]] = {}
-    needs: dict[str, SlurmQueueConf] = {}
+    needs: dict[str, dict[str, Any]] = {}
     for job in jobs:
-        need = resources(job.cfg, settings=settings, name=folder.absolute().parent.name)
+        need = parameters(job.cfg, settings=settings, name=folder.absolute().parent.name)
         needs[repr(need)] = need
         arrays.setdefault(repr(need), []).append(job)
     ids: dict[int, str] = {}
     for key, members in arrays.items():
         executor = submitit.AutoExecutor(folder, cluster="slurm")
-        names = set(submitit.SlurmExecutor._valid_parameters())
-        given = {
-            name if name in shared else f"slurm_{name}": value
-            for name, value in asdict(needs[key]).items()
-            if value is not None and (name in shared or name in names)
-        }
-        # a task that fails ends the others, which would wait for it
-        executor.update_parameters(**given, slurm_srun_args=["--kill-on-bad-exit=1"])
+        executor.update_parameters(**needs[key])
         try:
             submitted = executor.submit_array(members)
         except submitit.core.utils.FailedJobError as error:
@@ -56,7 +46,7 @@ def submit(jobs: Sequence[Submitted], *, settings: Any, folder: Path) -> list[st
         for member, one in zip(members, submitted, strict=True):
             ids[id(member)] = one.job_id
             content = {
-                "status": "queued",
+                "status": State.queued,
                 "name": member.cfg.name,
                 SLURM_JOB: one.job_id,
                 "submitted_at": time.time(),
@@ -68,33 +58,33 @@ def submit(jobs: Sequence[Submitted], *, settings: Any, folder: Path) -> list[st
     return [ids[id(job)] for job in jobs]
 
 
-def resources(cfg: DictConfig, *, settings: Any, name: str) -> Any:
-    """What a job needs of SLURM, in the words of hydra-submitit-launcher."""
-    from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
-
+def parameters(cfg: DictConfig, *, settings: Any, name: str) -> dict[str, Any]:
+    """What a job needs of SLURM, in the words of submitit; None is the cluster's choice."""
     devices = int(cfg.trainer.devices)
     accelerator = cfg.trainer.accelerator.value
     has_gpus = accelerator == "gpu" or (
         accelerator == "auto" and partition_has_gpus(settings.partition)
     )
-    return SlurmQueueConf(
-        name=name,
-        nodes=cfg.trainer.num_nodes,
-        tasks_per_node=devices,
-        gpus_per_node=devices if has_gpus else None,
-        cpus_per_task=settings.cpus_per_task,
-        mem_gb=settings.mem_gb,
-        timeout_min=settings.timeout_min,
-        stderr_to_stdout=True,
-        partition=settings.partition,
-        account=settings.account,
-        qos=settings.qos,
-        constraint=settings.constraint,
-        setup=list(settings.setup) or None,
-        signal_delay_s=settings.signal_s,
-        array_parallelism=settings.max_parallel,
-        additional_parameters={"requeue": True, **settings.options},
-    )
+    return {
+        "name": name,
+        "nodes": cfg.trainer.num_nodes,
+        "tasks_per_node": devices,
+        "gpus_per_node": devices if has_gpus else None,
+        "cpus_per_task": settings.cpus_per_task,
+        "mem_gb": settings.mem_gb,
+        "timeout_min": settings.timeout_min,
+        "stderr_to_stdout": True,
+        "slurm_partition": settings.partition,
+        "slurm_account": settings.account,
+        "slurm_qos": settings.qos,
+        "slurm_constraint": settings.constraint,
+        "slurm_setup": list(settings.setup) or None,
+        "slurm_signal_delay_s": settings.signal_s,
+        "slurm_array_parallelism": settings.max_parallel,
+        "slurm_additional_parameters": {"requeue": True, **settings.options},
+        # a task that fails ends the others, which would wait for it
+        "slurm_srun_args": ["--kill-on-bad-exit=1"],
+    }
 
 
 def partition_has_gpus(partition: str | None) -> bool:
@@ -105,8 +95,8 @@ def partition_has_gpus(partition: str | None) -> bool:
     return "gpu" in done.stdout
 
 
-def resolved(cfg: DictConfig) -> DictConfig:
-    """A run's configuration that needs nothing of Hydra, checked, with a number of devices.
+def resolved(cfg: DictConfig) -> Config:
+    """A run's configuration that needs nothing of Hydra, with a number of devices.
 
     Raises Refused where it is not allowed, or says only that all devices of a machine be used.
     """
@@ -115,14 +105,13 @@ def resolved(cfg: DictConfig) -> DictConfig:
             del cfg["hydra"]
     cfg = with_overrides(cfg, of_hydra(cfg))
     if cfg.trainer.devices == "auto":
-        if cfg.strategy._target_ != SINGLE:
+        if not is_single(cfg.strategy):
             raise Refused(
                 "trainer.devices must be a number with launch=slurm: what is here need not be on "
                 "the machines of the cluster; type trainer.devices=4"
             )
         cfg = with_overrides(cfg, {"trainer.devices": 1})
-    check(startable(cfg))
-    return cfg
+    return check(startable(cfg))
 
 
 def refuse_without_slurm() -> None:

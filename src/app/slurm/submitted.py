@@ -20,8 +20,8 @@ from app.process.ending import leave
 from app.process.files import write_to
 from app.process.ranks import num_slurm_tasks
 from app.process.requeue import RESTARTS, requeued_or_told
-from app.run.folder import LOG, RunFolder, result_in
-from app.run.states import ENDED
+from app.record.folder import LOG, RunFolder, result_in
+from app.record.states import State
 
 FAILURES = "slurm/failures"
 
@@ -71,7 +71,7 @@ class Submitted:
             write_to(self.folder / LOG)
             for path in self._failures.glob("*"):
                 path.unlink()  # of an earlier attempt
-            self._note("running", "attempt", "device", attempt=self.attempt + restarts)
+            self._note(State.running, "attempt", "device", attempt=self.attempt + restarts)
         try:
             if restarts > self.cfg.launch.max_requeues:
                 raise Refused(
@@ -87,7 +87,7 @@ class Submitted:
             raise SystemExit(2 if isinstance(error, Refused) else exit_code) from error
         if rank == 0:
             result = result_in(self.folder)
-            self._note(result.get("status", "finished"), "value", value=value)
+            self._note(State(result.get("status", State.finished)), "value", value=value)
         return value
 
     def _train(self) -> float | None:
@@ -121,20 +121,20 @@ class Submitted:
             self._note_failure(first.rank, first.error)
         elif first.exit_code > 128 and rank == 0:
             name = signal.Signals(first.exit_code - 128).name
-            self._note("interrupted", "error", error=f"asked to stop by {name}")
+            self._note(State.interrupted, "error", error=f"asked to stop by {name}")
 
     def _note_failure(self, rank: int, error: str) -> None:
         """Keep which rank failed first, as far as this one knows: the last to leave knows best."""
         run = RunFolder(self.folder)
         result = result_in(self.folder)
-        told = {"status": "failed", "error": error, "rank": rank}
-        if result.get("status") in ENDED or told.items() <= result.items():
+        told = {"status": State.failed, "error": error, "rank": rank}
+        if State(result.get("status", State.queued)).is_done or told.items() <= result.items():
             return
         if rank != 0:
             result.pop("where", None)  # of rank 0, which may only have lost its peer
         run.write_result({**result, **told})
-        self._note("failed", "error", error=error)
+        self._note(State.failed, "error", error=error)
 
-    def _note(self, state: str, *names: str, **values: Any) -> None:
+    def _note(self, state: State, *names: str, **values: Any) -> None:
         if self.note is not None:
             self.note(state, *names, **values)

@@ -18,13 +18,12 @@ from pathlib import Path
 from app.cli import Parser
 from app.errors import Refused
 from app.process.files import why
-from app.run.folder import result_in
-from app.run.states import SLURM_JOB, UNREADABLE
-from app.run.trials import STORAGE
+from app.record.folder import result_in
+from app.record.states import SLURM_JOB, State
+from app.record.trials import STORAGE
 from app.sweep.folder import SweepFolder, job_event, quoted
 from app.sweep.journal import NAME, Job, Sweep
 from app.sweep.progress import counts, plain, table
-from app.sweep.states import refresh
 
 
 def main(arguments: list[str]) -> None:
@@ -55,11 +54,7 @@ def _sweep_in(folder: SweepFolder) -> Sweep:
             "launch=local and launch=slurm write; type multirun/DATE/TIME"
         )
     sweep = folder.journal.required()
-    if folder.holder() is None:
-        for job in sweep.jobs.values():
-            if job.state == "running":  # and was killed with its launcher
-                job.state = "interrupted"
-    refresh(folder.path, sweep.jobs.values())
+    folder.refresh(sweep.jobs.values(), is_launched=folder.holder() is not None)
     return sweep
 
 
@@ -74,15 +69,16 @@ def status(folder: SweepFolder, sweep: Sweep) -> None:
 def resume(folder: SweepFolder, sweep: Sweep) -> None:
     """Run what is not finished, as the command that was typed would.
 
-    Also what has finished according to the journal, but has left no result that can be read.
+    Also what has finished according to the journal, but has left no result that can be read, and
+    what has finished without the launcher, which has not told its value yet.
     """
     if folder.holder() is not None:
         raise Refused(folder.held_message())
-    if not sweep.unfinished():
+    if not (sweep.unfinished() or folder.journal.required().unfinished()):
         print(f"{_summary(folder, sweep)}; nothing to resume")
         return
     if not _is_study(folder):  # which has been told what the trial came to
-        _queue(folder, [job for job in sweep.jobs.values() if job.state == UNREADABLE])
+        _queue(folder, [job for job in sweep.jobs.values() if job.state == State.unreadable])
     _run_again(folder, sweep)
 
 
@@ -95,7 +91,7 @@ def retry(folder: SweepFolder, sweep: Sweep) -> None:
             f"{folder.path} is a study, which has learned that its trials failed; type its command "
             "with a larger sweep.num_trials for others, or that of python -m app.report for one"
         )
-    lost = [job for job in sweep.jobs.values() if job.state in RETRIED]
+    lost = [job for job in sweep.jobs.values() if job.state.is_to_retry]
     if not lost:
         print(f"{_summary(folder, sweep)}; nothing to retry")
         return
@@ -109,13 +105,18 @@ def cancel(folder: SweepFolder, sweep: Sweep) -> None:
     if not folder.hold():
         raise Refused(folder.held_message())
     jobs = list(folder.journal.required().jobs.values())
-    noted = {job.job: job.state for job in jobs}
-    refresh(folder.path, jobs)
-    lost = [job for job in jobs if job.state == UNREADABLE and noted[job.job] in DROPPED]
+    is_open = {job.job: job.state.is_to_drop for job in jobs}
+    waits = {job.job: job.state == State.queued for job in jobs}
+    folder.refresh(jobs)
+    lost = [job for job in jobs if job.state == State.unreadable and is_open[job.job]]
     for job in lost:
         print(plain(f"{job.error}; if SLURM runs job {job.job} of the sweep, type scancel NUMBER"))
-    dropped = [job for job in jobs if job.state in DROPPED]
-    results = [result_in(folder.path / (job.folder or str(job.job))) for job in dropped]
+    dropped = [
+        job
+        for job in jobs
+        if job.state.is_to_drop or (job.state == State.failed and waits[job.job])
+    ]
+    results = [result_in(folder.path / job.place) for job in dropped]
     ids = [result[SLURM_JOB] for result in results if SLURM_JOB in result]
     if ids and shutil.which("scancel") is None:
         raise Refused(
@@ -125,13 +126,11 @@ def cancel(folder: SweepFolder, sweep: Sweep) -> None:
     if ids:
         subprocess.run(["scancel", *ids], check=False)
     for job in (*dropped, *lost):
-        job.state = "cancelled"
+        job.state = State.cancelled
     folder.journal.write(job_event(job, "state") for job in (*dropped, *lost))
     print(_summary(folder, _sweep_in(folder)))
 
 
-DROPPED = ("queued", "running", "interrupted")
-RETRIED = ("failed", "cancelled", UNREADABLE)
 ACTIONS = {"status": status, "resume": resume, "retry": retry, "cancel": cancel}
 
 
@@ -146,9 +145,9 @@ def _is_study(folder: SweepFolder) -> bool:
 def _queue(folder: SweepFolder, jobs: Sequence[Job]) -> None:
     """Let the journal say that jobs are to run, and the user why where it is not plain."""
     for job in jobs:
-        if job.state == UNREADABLE:
+        if job.state == State.unreadable:
             print(plain(f"{job.error}; job {job.job} is run again"))
-        job.state = "queued"
+        job.state = State.queued
     folder.journal.write(job_event(job, "state") for job in jobs)
 
 

@@ -10,24 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn
-from hydra.types import TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from app.config import check
+from app.config import Config
 from app.errors import JobsFailed, Refused
-from app.run.folder import LOG, RunFolder, result_in
-from app.run.states import ENDED, SLURM_JOB, UNREADABLE
-from app.slurm.states import state_of, states
+from app.record.folder import LOG, RunFolder, result_in
+from app.record.states import SLURM_JOB, State
+from app.slurm.states import Signs, is_done, signs_of, states, true_state, true_states
 from app.slurm.submit import FILES, refuse_without_slurm, resolved, short, submit
 from app.slurm.submitted import Submitted
-from app.sweep.batch import LOST, Batch
 from app.sweep.folder import SweepFolder
 from app.sweep.journal import Job
+from app.sweep.launcher import SweepLauncher
 from app.sweep.progress import Progress, counts, first_line
-from app.sweep.states import refresh
 
 POLL_S = 1.0
 """How often the results of jobs are looked for."""
@@ -36,74 +32,54 @@ ASK_S = 5.0
 """How often SLURM is asked for the states of jobs."""
 
 
-class Cluster:
-    """The jobs of one sweep as jobs of SLURM: an array for all that need the same resources.
+class Cluster(SweepLauncher):
+    """The jobs of one sweep as jobs of SLURM: an array for all that need the same resources."""
 
-    Args:
-        loader, task, config: of `Batch`.
-
-    Raises Refused where there is no SLURM here, or the sweep's folder is held by another process or
-    holds another sweep.
-    """
-
-    def __init__(self, *, loader: ConfigLoader, task: TaskFunction, config: DictConfig) -> None:
+    def prepare(self, config: DictConfig) -> None:
+        """Raise Refused where there is no SLURM here, or nobody would wait for a trial's value."""
         refuse_without_slurm()
-        self._batch = Batch(loader=loader, task=task, config=config)
-        if config.sweep is not None and not self._batch.settings.wait:
+        if config.sweep is not None and not self.settings.wait:
             raise Refused(
                 "launch.wait=false returns before a trial has a value, and sweep=optuna chooses "
                 "the next by it; type launch.wait=true"
             )
 
-    def launch(self, job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
-        """Submit what is neither finished nor submitted of a batch; the values of all its jobs.
-
-        With `launch.wait=false` no job has one.
-
-        Raises SystemExit where waiting was interrupted: 128 and the signal.
-        """
-        return self._batch.launch(job_overrides, self._run)
-
-    def _run(
-        self, jobs: Sequence[Job], todo: list[Job], progress: Progress
-    ) -> signal.Signals | None:
-        top, settings = self._batch.folder, self._batch.settings
-        runs = {job.job: self._prepared(job) for job in todo}  # before the first is submitted
-        unreadable = [job for job in todo if job.state == UNREADABLE]
-        for job in unreadable:
-            progress.say(f"{job.error}; job {job.job} of the sweep is submitted again")
-        new = [job for job in todo if job.state in LOST or job in unreadable or not job.attempt]
-        ids = submit([runs[job.job] for job in new], settings=settings, folder=top.path / FILES)
+    def run(self, jobs: list[Job], progress: Progress) -> signal.Signals | None:
+        """Submit what is not submitted yet, and wait, with `launch.wait=false` not; SIGINT where
+        waiting was interrupted."""
+        folder, settings = self.folder, self.settings
+        runs = {job.job: self._submitted(job) for job in jobs}  # before the first is submitted
+        are_there = {job.job for job in jobs if job.attempt and job.state.is_under_way}
+        new = [job for job in jobs if job.job not in are_there and not job.state.is_done]
         for job in new:
-            job.state, job.error, job.attempt = "queued", None, job.attempt + 1
-            top.note(job, "folder", "error", "attempt")
+            if job.state == State.unreadable:
+                progress.say(f"{job.error}; job {job.job} of the sweep is submitted again")
+        ids = submit([runs[job.job] for job in new], settings=settings, folder=folder.path / FILES)
+        for job in new:
+            job.state, job.error, job.attempt = State.queued, None, job.attempt + 1
+            folder.note(job, "folder", "error", "attempt")
         if ids:
             progress.say(f"submitted {len(new)} job{'s' if len(new) > 1 else ''}: {short(ids)}")
         if not settings.wait:
-            progress.say(f"states and results: python -m app.report {top.path}")
+            progress.say(f"states and results: python -m app.report {folder.path}")
             return None
-        watch = {runs[job.job].folder: job for job in todo}
+        watch = {runs[job.job].folder: job for job in jobs}
         stopped_by = Waiting(watch, progress, settings.on_interrupt.value).run()
-        for job in todo:
-            if job.state in ENDED:
+        for job in jobs:
+            if job.state.is_done:
                 job.value = _objective(runs[job.job])
             else:
-                top.note(job, "error")  # the job itself may not have come to say so
+                folder.note(job, "error")  # the job itself may not have come to say so
         return stopped_by
 
-    def _prepared(self, job: Job) -> Submitted:
+    def _submitted(self, job: Job) -> Submitted:
         """A job that can be pickled. Raises Refused where it is not allowed."""
-        cfg = self._batch.composed(job)
+        cfg = self.composed(job)
         with read_write(cfg.hydra), open_dict(cfg.hydra):
-            cfg.hydra.runtime.output_dir = str(self._batch.folder.path / str(job.folder))
+            cfg.hydra.runtime.output_dir = str(self.folder.path / job.place)
         HydraConfig.instance().set_config(cfg)
-        return Submitted(
-            cfg=resolved(cfg),
-            typed=list(job.overrides),
-            note=Noting(self._batch.folder.path, job.job, list(job.overrides)),
-            attempt=job.attempt + 1,
-            environment=_environment(),
-        )
+        note = Noting(self.folder.path, job.job, list(job.overrides))
+        return _submitted(resolved(cfg), job.overrides, note=note, attempt=job.attempt + 1)
 
 
 @dataclass(frozen=True)
@@ -114,7 +90,7 @@ class Noting:
     number: int
     overrides: list[str]
 
-    def __call__(self, state: str, *names: str, **values: Any) -> None:
+    def __call__(self, state: State, *names: str, **values: Any) -> None:
         """Note a state, and the keys of a job's event that have changed with it."""
         job = Job(job=self.number, overrides=self.overrides, state=state, **values)
         job.device = os.environ.get("SLURM_JOB_NODELIST")
@@ -131,30 +107,24 @@ def submit_run(cfg: DictConfig, typed: Sequence[str]) -> float | None:
     folder = RunFolder(Path(cfg.run_dir))
     try:
         refuse_without_slurm()
-        run = Submitted(
-            cfg=resolved(cfg),
-            typed=list(typed),
-            note=None,
-            attempt=1,
-            environment=_environment(),
-        )
-        config = check(run.cfg)
+        config = resolved(cfg)
+        run = _submitted(config, typed, note=None, attempt=1)
     except ValueError:
         folder.remove_if_empty()
         raise
-    if config["resume"] == "never":
+    if config.resume == "never":
         folder.move_aside()
         run.cfg.resume = "auto"  # also when it is requeued
     folder.forget_torn()
-    folder.refuse_changes(config)
+    folder.refuse_changes(config.plain)
     settings: Any = OmegaConf.to_object(cfg.launch)
     result = folder.read_result() or {}
-    if result.get("status") in ENDED:
+    if is_done(result):
         print(f"{folder.path} is {result['status']}; see {folder.result_path}")
         return None
     job = Job(job=0, overrides=list(typed), folder=folder.path.name)
-    refresh(folder.path.parent, [job])
-    if SLURM_JOB in result and job.state in ("queued", "running"):
+    ((job.state, _),) = true_states([signs_of(folder.path, job)])
+    if SLURM_JOB in result and job.state.is_under_way:
         print(f"job {result[SLURM_JOB]} of SLURM trains {folder.path}: {job.state}", flush=True)
     else:
         ids = submit([run], settings=settings, folder=folder.path / FILES)
@@ -165,7 +135,7 @@ def submit_run(cfg: DictConfig, typed: Sequence[str]) -> float | None:
     stopped_by = Waiting({folder.path: job}, Progress([job]), settings.on_interrupt.value).run()
     if stopped_by is not None:
         raise SystemExit(128 + stopped_by)
-    if job.state not in ENDED:
+    if not job.state.is_done:
         error = first_line(job.error) or job.state
         raise JobsFailed(f"{folder.path}: {error}\n    {folder.path / LOG}")
     return _objective(run)
@@ -210,13 +180,15 @@ class Waiting:
 
     def _look(self, folder: Path, job: Job, said: Mapping[str, str]) -> None:
         result = self._result(folder)
-        job.state, job.error = state_of(result, said.get(self._numbers.get(folder, "")))
-        if job.state == UNREADABLE:
-            job.state = "failed"  # SLURM runs it no more, and nobody knows what it came to
-        if job.state == "running" and folder not in self._running:
+        signs = Signs(result={"status": State.queued, SLURM_JOB: None, **result})
+        job.state, error = true_state(signs, said.get(self._numbers.get(folder, "")))
+        job.error = None if job.state.is_under_way else error
+        if job.state == State.unreadable:
+            job.state = State.failed  # SLURM runs it no more, and nobody knows what it came to
+        if job.state == State.running and folder not in self._running:
             self._running.add(folder)
             self._progress.started(job)
-        if job.state in ("queued", "running"):
+        if job.state.is_under_way:
             return
         if folder not in self._running:
             self._progress.started(job)
@@ -259,6 +231,14 @@ def _objective(run: Submitted) -> float | None:
     return None if run.cfg.objective is None else metrics.get(run.cfg.objective)
 
 
-def _environment() -> dict[str, str]:
-    """What `hydra.job.env_set` says."""
-    return {str(key): str(value) for key, value in HydraConfig.get().job.env_set.items()}
+def _submitted(
+    config: Config, typed: Sequence[str], *, note: Noting | None, attempt: int
+) -> Submitted:
+    variables = HydraConfig.get().job.env_set
+    return Submitted(
+        cfg=config.composed,
+        typed=list(typed),
+        note=note,
+        attempt=attempt,
+        environment={str(key): str(value) for key, value in variables.items()},
+    )

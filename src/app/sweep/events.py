@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from app.process.files import parsed_json
+from app.record.states import State
 
-STATES = ("queued", "running", "finished", "pruned", "failed", "interrupted", "cancelled")
+STATES = [state for state in State if not state.has_no_result]
 
 
 def _is_word(value: Any) -> bool:

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from app.errors import Refused, Unreadable
 from app.process.files import is_locked, read_json, why
+from app.slurm.states import signs_of, true_states
 from app.sweep.journal import NAME, Job, Journal, Sweep
 from app.sweep.progress import plain
 
@@ -189,6 +190,17 @@ class SweepFolder:
         }
         self.journal.write([event, *(job_event(job, "overrides", "state") for job in new)])
         return found
+
+    def refresh(self, jobs: Iterable[Job], *, is_launched: bool = False) -> None:
+        """Let jobs have the states, and the errors of what they came to, of now.
+
+        Args:
+            is_launched: whether a launcher runs the sweep.
+        """
+        jobs = list(jobs)
+        found = [signs_of(self.path / job.place, job, is_launched=is_launched) for job in jobs]
+        for job, (state, error) in zip(jobs, true_states(found), strict=True):
+            job.state, job.error = state, None if state.is_under_way else error
 
     def note(self, job: Job, *names: str) -> None:
         """Write the state of a job, and what else is named."""

@@ -15,11 +15,10 @@ from typing import IO, Any
 
 from app.errors import Unreadable
 from app.process.files import opened, skipped, sync_folder, why
+from app.record.states import State
 from app.sweep.events import event_in
 
 NAME = "journal.jsonl"
-DONE = ("finished", "pruned", "cancelled")
-"""States of jobs that a resumed sweep does not run."""
 LARGEST_LINE_BYTES = 1 << 26
 """What a sweep of some ten thousand jobs needs is less."""
 TAIL_BYTES = 1 << 16
@@ -31,7 +30,6 @@ class Job:
 
     Attributes:
         folder: relative to that of the sweep; None before the job has started.
-        state: queued, running, finished, pruned, failed, interrupted or cancelled.
         attempt: how often it was started.
         value: what the task returned, where that is a number; a sweeper may want it.
     """
@@ -39,12 +37,20 @@ class Job:
     job: int
     overrides: list[str]
     folder: str | None = None
-    state: str = "queued"
+    state: State = State.queued
     attempt: int = 0
     device: str | None = None
     seconds: float | None = None
     error: str | None = None
     value: float | None = None
+
+    def __post_init__(self) -> None:
+        self.state = State(self.state)  # a word where it was read
+
+    @property
+    def place(self) -> str:
+        """The folder that it has or, before it has started, will most likely have."""
+        return self.folder or str(self.job)
 
 
 @dataclass(kw_only=True)
@@ -68,7 +74,7 @@ class Sweep:
 
     def unfinished(self) -> list[Job]:
         """The jobs that a resumed sweep runs."""
-        return [job for job in self.jobs.values() if job.state not in DONE]
+        return [job for job in self.jobs.values() if job.state.is_to_run]
 
 
 class Journal:

@@ -3,9 +3,10 @@ how far the sweep is below."""
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from app.run.states import ENDED
+from app.record.states import State
 from app.sweep.journal import Job
 
 
@@ -32,11 +33,11 @@ class Progress:
     def ended(self, job: Job, *, waiting: int) -> None:
         """A job has ended, in the state that it has now, while so many wait."""
         seconds = time.monotonic() - self._began.pop(job.job)
-        if job.state in ENDED:
+        if job.state.is_done:
             self._took.append(seconds)
         error = f"  {first_line(job.error)}" if job.error else ""
-        again = "  (will be tried again)" if job.state == "queued" else ""
-        state = "failed" if job.state == "queued" else job.state
+        again = "  (will be tried again)" if job.state == State.queued else ""
+        state = State.failed if again else job.state
         head = f"#{job.job} {state}  {seconds:.1f} s  {self._labels[job.job]}"
         tail = "" if self._is_live else f"  [{self._summary(waiting)}]"
         self.say(f"{head}{error}{again}{tail}")
@@ -56,7 +57,8 @@ class Progress:
             print("\r\x1b[K", end="", flush=True)
 
     def _summary(self, waiting: int) -> str:
-        done, failed = sum(job.state in ENDED for job in self._jobs), _count(self._jobs, "failed")
+        done = sum(job.state.is_done for job in self._jobs)
+        failed = sum(job.state == State.failed for job in self._jobs)
         text = f"{done}/{len(self._jobs)} done, {len(self._began)} running, {failed} failed"
         left = self._left_s(waiting)
         return text if left is None else f"{text}, about {duration(left)} left"
@@ -106,7 +108,7 @@ def table(jobs: Iterable[Job]) -> str:
 
 def counts(jobs: Sequence[Job]) -> str:
     """How many jobs are in which state."""
-    found = {state: _count(jobs, state) for state in dict.fromkeys(job.state for job in jobs)}
+    found = Counter(job.state for job in jobs)
     return ", ".join(f"{number} {state}" for state, number in found.items())
 
 
@@ -120,14 +122,10 @@ def duration(seconds: float) -> str:
 
 
 def first_line(text: str | None) -> str:
-    """Of an error."""
+    """The first line of an error, printable."""
     return plain((text or "").partition("\n")[0])
 
 
 def plain(text: str) -> str:
     """One line of printable characters, which a terminal shows and does not act on."""
     return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
-def _count(jobs: Iterable[Job], state: str) -> int:
-    return sum(job.state == state for job in jobs)

@@ -2,10 +2,13 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Transformer
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -13,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from app.cli import TaskOfCommand
 from app.errors import JobsFailed, RankFailed, Refused
 from app.process.files import write_atomically
-from app.run.trials import PRUNED, STORAGE, STUDY, may_be_reported, open_study, url
+from app.record.trials import PRUNED, STORAGE, STUDY, may_be_reported, open_study, url
 from app.sweep.folder import SweepFolder
 
 log = logging.getLogger(__name__)
@@ -21,99 +24,93 @@ log = logging.getLogger(__name__)
 BEST = "optimization_results.yaml"
 
 
-class Study:
-    """The study in the folder of a sweep.
+class Trials:
+    """The trials of the study in the folder of a sweep.
+
+    Args:
+        params: keys, and what they are swept over, beside what is typed.
 
     Raises Refused where its settings are not allowed, or its folder is held.
     """
 
-    def __init__(self, *, params: Mapping[str, str] | None, config: DictConfig) -> None:
+    def __init__(
+        self,
+        *,
+        params: Mapping[str, str] | None,
+        context: HydraContext,
+        task: TaskFunction,
+        config: DictConfig,
+    ) -> None:
         if config.sweep is None:
             raise Refused("hydra/sweeper=study has no settings; type sweep=optuna instead")
         try:
-            self._settings: Any = OmegaConf.to_object(config.sweep)
+            settings: Any = OmegaConf.to_object(config.sweep)
         except ValueError as error:
             raise Refused(str(error)) from None
         if config.objective is None:
             raise Refused("objective is required with sweep=optuna; type objective=val_loss")
-        self._params = params
-        self._config = config
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction) -> None:
-        """Open the study, or begin it."""
-        import optuna
-        from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        settings, config = self._settings, self._config
-        assert isinstance(task_function, TaskOfCommand)
-        task_function.has_begun = True
-        sweeper = OptunaSweeperImpl(
-            sampler=None,
-            direction=config.direction.value,
-            storage=None,
-            study_name=STUDY,
-            n_trials=settings.num_trials,
-            n_jobs=settings.num_parallel,
-            max_failure_rate=settings.max_failure_rate,
-            search_space=None,
-            custom_search_space=None,
-            params=self._params,
+        assert isinstance(task, TaskOfCommand)
+        task.has_begun = True
+        self._settings, self._config = settings, config
+        self._params = [f"{key}={swept}" for key, swept in (params or {}).items()]
+        self._launcher = Plugins.instance().instantiate_launcher(
+            config=config, hydra_context=context, task_function=_Trial(task.task)
         )
-        sweeper.setup(
-            hydra_context=hydra_context, task_function=_Trial(task_function.task), config=config
-        )
-        folder = SweepFolder(Path(config.hydra.sweep.dir))
-        if config.launch is None and not folder.hold():  # a queue holds it already
-            raise Refused(folder.held_message())
+        self._folder = SweepFolder(Path(config.hydra.sweep.dir))
+        if config.launch is None and not self._folder.hold():  # a queue holds it already
+            raise Refused(self._folder.held_message())
         # as Hydra's own sweeper does
-        write_atomically(folder.path / "multirun.yaml", OmegaConf.to_yaml(config))
-        try:
-            study = open_study(folder.path / STORAGE)
-        except KeyError:
-            study = optuna.create_study(
-                study_name=STUDY,
-                storage=url(folder.path / STORAGE),
-                direction=config.direction.value,
-            )
-        if study.direction.name.lower() != config.direction.value:
-            raise Refused(
-                f"{folder.path} holds a study with direction={study.direction.name.lower()}; give "
-                "this one another name="
-            )
-        states = optuna.trial.TrialState
-        for trial in study.get_trials(states=(states.RUNNING,)):  # whose command was cut
-            is_pruned = PRUNED in trial.user_attrs
-            study.tell(trial.number, state=states.PRUNED if is_pruned else states.FAIL)
-        num_before = len(study.trials)
+        write_atomically(self._folder.path / "multirun.yaml", OmegaConf.to_yaml(config))
+        self._study = self._begun()
+        num_before = len(self._study.trials)
         if num_before:
-            print(f"continuing {folder.path}: {num_before} trials of {settings.num_trials}")
+            path, of = self._folder.path, settings.num_trials
+            print(f"continuing {path}: {num_before} trials of {of}")
         if settings.pruner != "none" and not may_be_reported(config.objective):
             print(f"objective={config.objective} is measured after the fit: no trial is pruned")
         self._sampler = _sampler(settings, seed=config.seed + num_before)
-        self._sweeper, self._study, self._folder = sweeper, study, folder
 
-    def sweep(self, arguments: list[str]) -> None:
+    def _begun(self) -> Any:
+        """The study, where those trials have failed whose command was cut."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        path, direction = self._folder.path / STORAGE, self._config.direction.value
+        try:
+            study = open_study(path)
+        except KeyError:
+            study = optuna.create_study(study_name=STUDY, storage=url(path), direction=direction)
+        if study.direction.name.lower() != direction:
+            raise Refused(
+                f"{self._folder.path} holds a study with direction={study.direction.name.lower()}; "
+                "give this one another name="
+            )
+        states = optuna.trial.TrialState
+        for trial in study.get_trials(states=(states.RUNNING,)):
+            is_pruned = PRUNED in trial.user_attrs
+            study.tell(trial.number, state=states.PRUNED if is_pruned else states.FAIL)
+        return study
+
+    def run(self, typed: list[str]) -> None:
         """Run the trials that are left.
 
         Raises JobsFailed where the first trials failed, more failed than are allowed, or all did.
         """
-        from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
-
         settings = self._settings
-        space, fixed = create_params_from_overrides(
-            [*self._sweeper._parse_sweeper_params_config(), *arguments]
-        )
+        fixed, space = space_of([*self._params, *typed])
         while (left := settings.num_trials - len(self._study.trials)) > 0:
             self._study.sampler = self._sampler
             trials = [self._study.ask() for _ in range(min(left, settings.num_parallel))]
-            typed = self._sweeper._configure_trials(trials, space, fixed)
             # the number of a trial is that of its job, and one that its run can report to
             jobs = [
-                [*words, f"sweep.trial={trial.number}"]
-                for words, trial in zip(typed, trials, strict=True)
+                [
+                    *(f"{key}={suggest(trial)}" for key, suggest in space.items()),
+                    *(f"{key}={value}" for key, value in fixed.items()),
+                    f"sweep.trial={trial.number}",
+                ]
+                for trial in trials
             ]
-            returned = self._sweeper.launcher.launch(jobs, initial_job_idx=trials[0].number)
+            returned = self._launcher.launch(jobs, initial_job_idx=trials[0].number)
             # anew: Optuna does not read again what others wrote of trials that it has asked for
             self._study = open_study(self._folder.path / STORAGE)
             errors = [self._told(trial, job) for trial, job in zip(trials, returned, strict=True)]
@@ -165,6 +162,35 @@ class Study:
         print(
             f"best: trial {best.number}, {self._config.objective} {best.value:.4g}, {best.params}"
         )
+
+
+def space_of(typed: list[str]) -> tuple[dict[str, str], dict[str, Callable[[Any], Any]]]:
+    """What was typed, by key: of the values that are fixed the text, of those that are swept a
+    function that suggests one to a trial."""
+    parsed = {one.get_key_element(): one for one in OverridesParser.create().parse_overrides(typed)}
+    fixed = {
+        key: one.get_value_element_as_str()
+        for key, one in parsed.items()
+        if not one.is_sweep_override()
+    }
+    return fixed, {key: _suggesting(key, one) for key, one in parsed.items() if key not in fixed}
+
+
+def _suggesting(key: str, override: Override) -> Callable[[Any], Any]:
+    """The function that suggests a value of what a key is swept over."""
+    swept: Any = override.value()
+    if override.is_choice_sweep() or getattr(swept, "shuffle", False):
+        choices = list(override.sweep_iterator(transformer=Transformer.encode))
+        return lambda trial: trial.suggest_categorical(key, choices)
+    if override.is_interval_sweep():
+        low, high, how = swept.start, swept.end, {"log": "log" in swept.tags}
+        are_whole = isinstance(low, int) and isinstance(high, int)
+    else:
+        low, high, how = swept.start, swept.stop, {"step": swept.step}
+        are_whole = all(isinstance(one, int) for one in (low, high, swept.step))
+    if are_whole:
+        return lambda trial: trial.suggest_int(key, low, high, **how)
+    return lambda trial: trial.suggest_float(key, low, high, **how)
 
 
 def _sampler(settings: Any, *, seed: int) -> Any:

@@ -12,10 +12,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from app.config import what_decides
+from app.config import Config, what_decides
 from app.errors import Refused, Unreadable
 from app.process.files import read_yaml, write_atomically
-from app.run.folder import RunFolder
+from app.record.folder import RunFolder
 from app.tuner.keys import tunable
 
 NAME = "tuned.yaml"
@@ -46,14 +46,14 @@ def read_tuned(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in overrides.items()}
 
 
-def recalled(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any] | None:
+def recalled(config: Config, folder: RunFolder) -> dict[str, Any] | None:
     """Overrides found before: of `tuned`, or of an earlier command of the run in the folder.
 
     Where their file is lost, they are what the run's configuration has and the command has not.
     """
-    if config["tuned"] is not None:
-        return read_tuned(Path(config["tuned"]))
-    if config["tuner"] is None:
+    if config.tuned is not None:
+        return read_tuned(Path(config.tuned))
+    if config.tuner is None:
         return None
     if (folder.path / NAME).exists():
         return read_tuned(folder.path / NAME)
@@ -63,7 +63,7 @@ def recalled(config: Mapping[str, Any], folder: RunFolder) -> dict[str, Any] | N
         return None
     if before is None:
         return None
-    old, new = what_decides(before), what_decides(config)
+    old, new = what_decides(before), what_decides(config.plain)
     lost = {key: old.get(key) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
     if not lost.keys() <= tunable(config):
         return None  # another run, which is refused

@@ -2,22 +2,21 @@
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from omegaconf import DictConfig, OmegaConf
 
-from app.config import DDP, SINGLE, check
+from app.config import Config
 from app.errors import Refused
 from app.process.files import write_atomically
 from app.process.ranks import ranks
-from app.run.build import build_model_and_data
+from app.run.build import build_model_and_data, holds_whole_model
 from app.tuner.answers import NAME, cache_key, read_tuned, searching, write_tuned
 from app.tuner.keys import (
     BATCH_SIZE_KEYS,
@@ -27,7 +26,6 @@ from app.tuner.keys import (
     tuned_key,
     typed,
     value_at,
-    with_overrides,
 )
 from app.tuner.lr import range_test
 from app.tuner.lr_rules import suggest
@@ -35,21 +33,23 @@ from app.tuner.plots import draw_batch_size, draw_lr
 from app.tuner.probe import Prober, try_evaluation, try_fit
 from app.tuner.search import Answer, Trial, search_batch_size
 
+if TYPE_CHECKING:
+    from conf.tuner.schema import BatchSize
+
 LARGEST = 8192
 """Where a search ends that neither a key nor the data bounds."""
 
 
-def find(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Search what the tuner of a composed configuration asks for; returns the overrides.
+def find(config: Config, folder: Path) -> dict[str, Any]:
+    """Search what the tuner of a configuration asks for; returns the overrides.
 
     Looks into the cache first. Writes `tuned.yaml`, and for each search a table and a plot, into
     `folder`, and prints the overrides as they are typed. All ranks of a run call it.
     """
-    config = check(cfg)
-    cache = config["tuner"]["cache"]
-    if cache is None:
-        return _search(cfg, folder)
-    path = Path(cache) / f"{cache_key(config, device=device_name(config))}.yaml"
+    assert config.tuner is not None
+    if config.tuner.cache is None:
+        return _search(config, folder)
+    path = Path(config.tuner.cache) / f"{cache_key(config.plain, device=device_name(config))}.yaml"
     with ExitStack() as stack:
 
         def found_before() -> dict[str, Any] | None:
@@ -62,7 +62,7 @@ def find(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             if ranks().is_first:
                 write_atomically(folder / NAME, path.read_bytes())
             return overrides
-        overrides = _search(cfg, folder)
+        overrides = _search(config, folder)
         if ranks().is_first:
             write_atomically(path, (folder / NAME).read_bytes())
     return overrides
@@ -74,22 +74,22 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def device_name(config: Mapping[str, Any]) -> str:
+def device_name(config: Config) -> str:
     """The kind of device a run is on."""
-    if config["trainer"]["accelerator"] != "cpu" and torch.cuda.is_available():
+    if config.trainer.accelerator != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return "cpu"
 
 
-def _search(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+def _search(config: Config, folder: Path) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     provenance: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "device": device_name(check(cfg)),
+        "device": device_name(config),
         "torch": str(torch.__version__),
     }
     for finder in (find_batch_size, find_lr):
-        found, about, complete = finder(with_overrides(cfg, overrides), folder)
+        found, about, complete = finder(config.changed(overrides), folder)
         overrides |= found
         provenance |= about
         if not complete:
@@ -108,15 +108,14 @@ Found = tuple[dict[str, Any], dict[str, Any], bool]
 """Overrides, what was measured, and whether the search came to its end."""
 
 
-def find_batch_size(cfg: DictConfig, folder: Path) -> Found:
+def find_batch_size(config: Config, folder: Path) -> Found:
     """The micro-batch; nothing where its finder is off."""
-    config = check(cfg)
-    settings = config["tuner"]["batch_size"]
-    if settings is None:
+    assert config.tuner is not None
+    if config.tuner.batch_size is None:
         return {}, {}, True
     key = tuned_key(
-        config,
-        chosen=settings["key"],
+        config.plain,
+        chosen=config.tuner.batch_size.key,
         candidates=BATCH_SIZE_KEYS,
         setting="tuner.batch_size.key",
     )
@@ -128,52 +127,40 @@ def find_batch_size(cfg: DictConfig, folder: Path) -> Found:
     return {key: answer.size}, about, answer.complete
 
 
-def batch_size_of(config: Mapping[str, Any], *, key: str) -> tuple[Answer, str]:
+def batch_size_of(config: Config, *, key: str) -> tuple[Answer, str]:
     """Search the micro-batch of a checked configuration; returns the answer and why it is that."""
-    settings = config["tuner"]["batch_size"]
+    assert config.tuner is not None
+    settings = config.tuner.batch_size
+    assert settings is not None
     bound, why = largest_allowed(config, settings)
-    target = value_at(config, "accumulate.batch_size")
+    target = value_at(config.plain, "accumulate.batch_size")
     answer = search(
         lambda size: try_fit(
-            with_micro_batch(config, key=key, size=size),
-            size=size,
-            num_steps=settings["steps_per_trial"],
+            config.changed({key: size}), size=size, num_steps=settings.steps_per_trial
         ),
         settings=settings,
         key=key,
         bound=bound,
-        divisors_of=None if target is None else target // (shares(config) or 1),
+        divisors_of=None if target is None else target // (shares(config.plain) or 1),
         on_gpu=device_name(config) != "cpu",
-        provoke=config["strategy"]["_target_"] in (SINGLE, DDP),
+        provoke=holds_whole_model(config),
     )
     return answer, why if answer.size == bound else answer.reason
 
 
-def with_micro_batch(config: Mapping[str, Any], *, key: str, size: int) -> dict[str, Any]:
-    """A resolved configuration with another micro-batch, also where accumulation knows of it."""
-    changed = OmegaConf.create(dict(config))
-    OmegaConf.update(changed, key, size)
-    if value_at(config, "accumulate.micro_batch_size") is not None:
-        OmegaConf.update(changed, "accumulate.micro_batch_size", size)
-    return plain(changed)
-
-
-def find_eval_batch_size(
-    cfg: DictConfig, settings: Mapping[str, Any], *, stage: str
-) -> dict[str, Any]:
+def find_eval_batch_size(config: Config, settings: Any, *, stage: str) -> dict[str, Any]:
     """The largest batch of an evaluation that fits, for the configuration of a trained run."""
-    config = plain(cfg)
     key = tuned_key(
-        config,
-        chosen=settings["key"],
+        config.plain,
+        chosen=settings.key,
         candidates=EVAL_BATCH_SIZE_KEYS,
         setting="tuner.batch_size.key",
     )
     answer = search(
-        lambda size: try_evaluation(plain(with_overrides(cfg, {key: size})), stage=stage),
+        lambda size: try_evaluation(config.unchecked({key: size}), stage=stage),
         settings=settings,
         key=key,
-        bound=settings["max_val"] or LARGEST,
+        bound=settings.max_val or LARGEST,
         divisors_of=None,
         on_gpu=device_name(config) != "cpu",
         provoke=True,
@@ -182,17 +169,10 @@ def find_eval_batch_size(
     return {key: answer.size}
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration of a trained run as plain containers."""
-    config = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(config, dict)
-    return {str(name): value for name, value in config.items()}
-
-
 def search(
     attempt: Callable[[int], float | None],
     *,
-    settings: Mapping[str, Any],
+    settings: "BatchSize",
     key: str,
     bound: int,
     divisors_of: int | None,
@@ -203,8 +183,8 @@ def search(
 
     Without `provoke` no size is tried that may run out of memory: on a GPU, by its reported memory.
     """
-    prober = Prober(attempt=attempt, on_gpu=on_gpu, memory_fraction=settings["memory_fraction"])
-    mode = settings["mode"]
+    prober = Prober(attempt=attempt, on_gpu=on_gpu, memory_fraction=settings.memory_fraction)
+    mode: Any = settings.mode.value
     if mode == "auto":
         mode = "binsearch" if prober.capacity_bytes is None else "model"
     elif mode == "model" and prober.capacity_bytes is None:
@@ -224,37 +204,37 @@ def search(
     return search_batch_size(
         probe,
         mode=mode,
-        init_val=min(settings["init_val"], bound),
+        init_val=min(settings.init_val, bound),
         max_val=bound,
         num_samples=None,  # is in the bound
         divisors_of=divisors_of,
-        max_trials=settings["max_trials"],
-        margin=settings["margin"],
+        max_trials=settings.max_trials,
+        margin=settings.margin,
         capacity_bytes=prober.capacity_bytes,
-        goal=settings["goal"],
+        goal=settings.goal.value,
         provoke=provoke or prober.capacity_bytes is None,
     )
 
 
-def largest_allowed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[int, str]:
+def largest_allowed(config: Config, settings: "BatchSize") -> tuple[int, str]:
     """The largest micro-batch that is allowed, and why."""
     bounds = []
-    if settings["max_val"] is not None:
-        bounds.append((settings["max_val"], "tuner.batch_size.max_val is reached"))
+    if settings.max_val is not None:
+        bounds.append((settings.max_val, "tuner.batch_size.max_val is reached"))
     samples = num_samples(config)
     if samples is not None:
-        size = max(1, samples // (settings["min_batches"] * (shares(config) or 1)))
+        size = max(1, samples // (settings.min_batches * (shares(config.plain) or 1)))
         bounds.append(
             (
                 size,
                 f"the data set has {samples} samples, and an epoch at least "
-                f"tuner.batch_size.min_batches={settings['min_batches']} micro-batches",
+                f"tuner.batch_size.min_batches={settings.min_batches} micro-batches",
             )
         )
     return min(bounds, default=(LARGEST, f"a search without a bound ends at {LARGEST}"))
 
 
-def num_samples(config: Mapping[str, Any]) -> int | None:
+def num_samples(config: Config) -> int | None:
     """Samples of the largest training data set; None where it has no length."""
     model, data = build_model_and_data(config)
     source: pl.LightningDataModule | pl.LightningModule = model
@@ -274,33 +254,33 @@ def num_samples(config: Mapping[str, Any]) -> int | None:
     return max(lengths)
 
 
-def find_lr(cfg: DictConfig, folder: Path) -> Found:
+def find_lr(config: Config, folder: Path) -> Found:
     """The learning rate, or one for each key; nothing where its finder is off or in doubt."""
-    config = check(cfg)
-    settings = config["tuner"]["lr"]
+    assert config.tuner is not None
+    settings = config.tuner.lr
     if settings is None:
         return {}, {}, True
-    chosen = settings["key"]
+    chosen = settings.key
     several = isinstance(chosen, list)
     overrides: dict[str, Any] = {}
     about: dict[str, Any] = {}
     for position, candidate in enumerate(chosen if several else [chosen]):
-        key = tuned_key(config, chosen=candidate, candidates=LR_KEYS, setting="tuner.lr.key")
+        key = tuned_key(config.plain, chosen=candidate, candidates=LR_KEYS, setting="tuner.lr.key")
         lrs, losses, complete = range_test(
             config,
             settings=settings,
-            base=float(value_at(config, key)),
+            base=float(value_at(config.plain, key)),
             optimizer=position if several else None,
             from_now=False,
             callbacks=[],
         )
-        found = suggest(lrs, losses, rule=settings["rule"])
+        found = suggest(lrs, losses, rule=settings.rule.value)
         name = f"lr_find_{position}" if several else "lr_find"
         if ranks().is_first:
             draw_lr(lrs, losses, found, key=key, path=folder / name)
         if found.doubt is not None:
             say(f"tuner: {key}: {found.doubt}")
-        if found.lr is not None and (found.doubt is None or settings["on_doubt"] == "use"):
+        if found.lr is not None and (found.doubt is None or settings.on_doubt == "use"):
             overrides[key] = float(f"{found.lr:.3g}")
         about[f"lr {key}"] = {"steps": len(losses), "rules": found.by_rule, "doubt": found.doubt}
         if not complete:

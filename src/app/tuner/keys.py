@@ -1,11 +1,11 @@
 """Which keys are tuned, and how an answer becomes part of a configuration. Needs no torch."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from app.config import Config, with_overrides
 from app.errors import Refused
 from app.parallel.sizes import data_parallel_size
 
@@ -44,13 +44,16 @@ def tuned_key(
     )
 
 
-def tunable(config: Mapping[str, Any]) -> set[str]:
+def tunable(config: Config) -> set[str]:
     """The keys that the finders of a configuration may tune."""
+    assert config.tuner is not None
     found: set[str] = set()
-    for finder, candidates in (("batch_size", BATCH_SIZE_KEYS), ("lr", LR_KEYS)):
-        settings = config["tuner"][finder]
-        if settings is not None:
-            chosen = settings["key"]
+    for finder, candidates in (
+        (config.tuner.batch_size, BATCH_SIZE_KEYS),
+        (config.tuner.lr, LR_KEYS),
+    ):
+        if finder is not None:
+            chosen = finder.key
             found |= set(
                 candidates if chosen is None else [chosen] if isinstance(chosen, str) else chosen
             )
@@ -84,14 +87,6 @@ def shares(config: Any) -> int | None:
         num_nodes=config["trainer"]["num_nodes"],
         tensor_parallel_size=config["strategy"].get("tensor_parallel_size"),
     )
-
-
-def with_overrides(cfg: DictConfig, overrides: Mapping[str, Any]) -> DictConfig:
-    """A copy of the composed configuration with the overrides, as if they had been typed."""
-    found = copy.deepcopy(cfg)  # with its type, whose rules are checked
-    for key, value in overrides.items():
-        OmegaConf.update(found, key, value, force_add=True)
-    return found
 
 
 def typed(overrides: Mapping[str, Any]) -> str:

@@ -3,14 +3,18 @@
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 
+from app.config import Config
 from app.errors import Refused
 from app.tuner.lr_rules import beta_for, diverged, sweep
 from app.tuner.probe import fit, release_memory, throwaway
+
+if TYPE_CHECKING:
+    from conf.tuner.schema import LearningRate
 
 FEWEST = 10
 """Steps of an interrupted sweep that still make a curve."""
@@ -138,9 +142,9 @@ def configured_lr(group: Mapping[str, Any]) -> float:
 
 
 def range_test(
-    config: Mapping[str, Any],
+    config: Config,
     *,
-    settings: Mapping[str, Any],
+    settings: "LearningRate",
     base: float,
     optimizer: int | None,
     from_now: bool,
@@ -153,21 +157,21 @@ def range_test(
     Raises Refused where the first loss is not finite.
     """
     rates = sweep(
-        num_steps=settings["num_steps"],
-        lowest=settings["lowest"],
-        highest=settings["highest"],
-        mode=settings["mode"],
+        num_steps=settings.num_steps,
+        lowest=settings.lowest,
+        highest=settings.highest,
+        mode=settings.mode.value,
     )
     sweeping = Sweep(
         rates=rates,
         base=base,
-        divergence=settings["divergence"],
+        divergence=settings.divergence,
         optimizer=optimizer,
         from_now=from_now,
     )
     # an average does not touch the loss that is trained on
     run = throwaway(
-        {**config, "averaging": None},
+        config.but(averaging=None),
         num_steps=MOST_OPTIMIZERS * len(rates),
         validates=False,
         callbacks=[*callbacks, sweeping, SweepBar(sweeping)],

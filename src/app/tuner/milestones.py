@@ -1,15 +1,16 @@
 """The finders inside a fit, at the start of given epochs."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
 
 from app.accumulate import EffectiveBatch
+from app.config import Config
 from app.errors import Refused
 from app.parallel.split import share_of
 from app.process.ranks import ranks
@@ -18,6 +19,9 @@ from app.tuner.keys import BATCH_SIZE_KEYS, tuned_key
 from app.tuner.lr import range_test
 from app.tuner.lr_rules import suggest
 from app.tuner.plots import draw_batch_size, draw_lr
+
+if TYPE_CHECKING:
+    from conf.tuner.schema import BatchSize, LearningRate
 
 SCALED = ("lr", "initial_lr", "max_lr", "min_lr")
 """Entries of a parameter group that schedules compute the learning rate from."""
@@ -33,18 +37,22 @@ class LrAtMilestones(pl.Callback):
     are in memory meanwhile.
 
     Args:
-        config: the checked, resolved configuration of the run.
+        config: of the run.
+        epochs: at whose start it searches, > 0.
+        settings: of the finder.
     """
 
-    def __init__(self, *, config: Mapping[str, Any]) -> None:
+    def __init__(self, *, config: Config, epochs: Sequence[int], settings: "LearningRate") -> None:
         self.found: dict[int, float] = {}
         self._config = config
+        self._epochs = list(epochs)
+        self._settings = settings
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch
-        if epoch not in self._config["tuner"]["milestones"]:
+        if epoch not in self._epochs:
             return
-        settings = self._config["tuner"]["lr"]
+        settings = self._settings
         base = float(trainer.optimizers[0].param_groups[0]["lr"])
         with isolate_rng():
             lrs, losses, complete = range_test(
@@ -57,13 +65,13 @@ class LrAtMilestones(pl.Callback):
             )
         if not complete:
             raise KeyboardInterrupt
-        found = suggest(lrs, losses, rule=settings["rule"])
-        path = Path(self._config["run_dir"]) / f"lr_find_epoch_{epoch}"
+        found = suggest(lrs, losses, rule=settings.rule.value)
+        path = Path(self._config.run_dir) / f"lr_find_epoch_{epoch}"
         if ranks().is_first:
             draw_lr(lrs, losses, found, key="learning rate", path=path)
         if found.doubt is not None:
             say(f"tuner: epoch {epoch}: {found.doubt}")
-        if found.lr is None or (found.doubt is not None and settings["on_doubt"] == "keep"):
+        if found.lr is None or (found.doubt is not None and settings.on_doubt == "keep"):
             return
         say(f"tuner: epoch {epoch}: learning rate {base:.3g} -> {found.lr:.3g}")
         self.found[epoch] = found.lr
@@ -84,15 +92,17 @@ class BatchSizeAtMilestones(pl.Callback):
     `accumulate=effective` the effective batch stays what was asked for.
 
     Args:
-        config: the checked, resolved configuration of the run.
+        config: of the run.
+        epochs: at whose start it searches, > 0.
+        settings: of the finder.
     """
 
-    def __init__(self, *, config: Mapping[str, Any]) -> None:
+    def __init__(self, *, config: Config, epochs: Sequence[int], settings: "BatchSize") -> None:
         self._config = config
-        settings = config["tuner"]["batch_size"]
+        self._epochs = list(epochs)
         self._key = tuned_key(
-            config,
-            chosen=settings["key"],
+            config.plain,
+            chosen=settings.key,
             candidates=BATCH_SIZE_KEYS,
             setting="tuner.batch_size.key",
         )
@@ -102,14 +112,14 @@ class BatchSizeAtMilestones(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
-        if epoch not in self._config["tuner"]["milestones"]:
+        if epoch not in self._epochs:
             return
         with isolate_rng():
             answer, reason = batch_size_of(self._config, key=self._key)
         if not answer.complete:
             raise KeyboardInterrupt
         say(f"tuner: epoch {epoch}: {self._key}={answer.size}: {reason}")
-        path = Path(self._config["run_dir"]) / f"batch_size_epoch_{epoch}"
+        path = Path(self._config.run_dir) / f"batch_size_epoch_{epoch}"
         draw_batch_size(answer, key=self._key, path=path)
         self._serve(trainer, answer.size)
 
@@ -176,14 +186,15 @@ class Transplant(pl.Callback):
             twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
-def finders_of(config: Mapping[str, Any]) -> list[pl.Callback]:
+def finders_of(config: Config) -> list[pl.Callback]:
     """The finders that a configuration wants inside its fit."""
-    settings = config["tuner"]
+    tuner = config.tuner
     found: list[pl.Callback] = []
-    if settings is None or not settings["milestones"]:
+    if tuner is None or not tuner.milestones:
         return found
-    if settings["batch_size"] is not None:
-        found.append(BatchSizeAtMilestones(config=config))
-    if settings["lr"] is not None:
-        found.append(LrAtMilestones(config=config))
+    at: Any = {"config": config, "epochs": tuner.milestones}
+    if tuner.batch_size is not None:
+        found.append(BatchSizeAtMilestones(**at, settings=tuner.batch_size))
+    if tuner.lr is not None:
+        found.append(LrAtMilestones(**at, settings=tuner.lr))
     return found

@@ -12,13 +12,22 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
-from app.config import DDP, SINGLE
+from app.accumulate import Accumulation
+from app.averaging import Averaging
+from app.config import SINGLE, Config, is_single
 from app.parallel.split import rebuilt
 from app.process.ranks import ranks
-from app.run.build import Run, build, build_model_and_data, build_trainer
-from app.run.resume import ResumableLoader
+from app.run.build import (
+    Run,
+    build,
+    build_model_and_data,
+    build_techniques,
+    build_trainer,
+    holds_whole_model,
+)
 from app.run.signals import Listens
 from app.tuner.keys import shares
 from app.tuner.search import Trial
@@ -44,53 +53,50 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def throwaway(
-    config: Mapping[str, Any],
+    config: Config,
     *,
     num_steps: int,
     validates: bool,
     callbacks: Sequence[pl.Callback],
+    num_ranks: int | None = None,
+    served: Callable[[Any], Any] | None = None,
 ) -> Run:
     """Build a run of `num_steps` optimizer steps that leaves no file.
 
     The techniques are those of the fit; an average starts at once, for its memory counts, and an
     accumulation schedule stays at its first factor. Loggers, checkpoints, the callbacks of the
     configuration and its schedule of the learning rate are off.
+
+    Args:
+        validates: whether an evaluation step follows the last optimizer step.
+        num_ranks: ranks whose accumulation this one stands for; None: as many as there are.
+        served: of `build`.
     """
-    accumulate = _at_its_start(config["accumulate"])
-    factor = _factor({**config, "accumulate": accumulate})
-    changed = {
-        **config,
-        "scheduler": None,
-        "tuner": None,
-        "sharing": None,  # each size would be a copy of its own
-        "logger": None,
-        "callbacks": None,
-        "accumulate": accumulate,
-        "averaging": _at_once(config["averaging"]),
-        "trainer": {
-            **config["trainer"],
+    techniques = build_techniques(config)
+    for technique in techniques:
+        if isinstance(technique, Averaging):
+            technique.begin_at_once()
+        if isinstance(technique, Accumulation):
+            technique.stay_as_begun(num_ranks=num_ranks)
+    changed = config.but(
+        scheduler=None,
+        tuner=None,
+        sharing=None,  # each size would be a copy of its own
+        logger=None,
+        callbacks=None,
+        trainer={
             "max_epochs": None,
             "max_steps": num_steps,
             "max_minutes": None,
-            # an evaluation step follows the last batch of an epoch
-            "limit_train_batches": num_steps * factor if validates else None,
+            "limit_train_batches": None,
             "limit_val_batches": 1 if validates else 0,
             "val_check_interval": 1.0,
             "check_val_every_n_epoch": 1,
             "num_sanity_val_steps": 0,
         },
-    }
-    return build(changed, [*callbacks, Listens()])
-
-
-def alone(config: Mapping[str, Any]) -> dict[str, Any]:
-    """One rank of a run as a run of its own, if it holds a whole model: its memory is the same."""
-    if config["strategy"]["_target_"] != DDP:
-        return dict(config)
-    accumulate = config["accumulate"]
-    if accumulate is not None and "batch_size" in accumulate:
-        accumulate = _constant(_factor(config), accumulate["weight_by"])
-    return {**config, "strategy": {"_target_": SINGLE}, "accumulate": accumulate}
+    )
+    ends = [EndsEpoch(num_steps)] if validates else []
+    return build(changed, [*callbacks, *ends, Listens()], techniques=techniques, served=served)
 
 
 def fit(run: Run) -> None:
@@ -107,40 +113,6 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _at_its_start(accumulate: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if accumulate is None or "starts" not in accumulate:
-        return None if accumulate is None else dict(accumulate)
-    return _constant(accumulate["factors"][0], accumulate["weight_by"])
-
-
-def _constant(factor: int, weight_by: str | None) -> dict[str, Any]:
-    return {
-        "_target_": "app.accumulate.ConstantAccumulation",
-        "factor": factor,
-        "weight_by": weight_by,
-    }
-
-
-def _factor(config: Mapping[str, Any]) -> int:
-    """Micro-batches of an optimizer step, on one rank."""
-    accumulate = config["accumulate"]
-    if accumulate is None:
-        return 1
-    if "factor" in accumulate:
-        return int(accumulate["factor"])
-    samples = accumulate["micro_batch_size"] * (shares(config) or 1)
-    return int(accumulate["batch_size"] // samples)
-
-
-def _at_once(averaging: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The average as it will be later in the run: started, and at the configured rate."""
-    if averaging is None:
-        return None
-    started = {"start_step": 0, "start_epoch": None, "start": None, "every_n_steps": 1,
-               "lr": None, "bn_batches": None, "validate": "averaged"}  # fmt: skip
-    return {key: started.get(key, value) for key, value in averaging.items()}
 
 
 def of_all_ranks(trial: Trial) -> Trial:
@@ -200,21 +172,30 @@ class Prober:
         return of_all_ranks(Trial(size=size, fits=fits, peak_bytes=peak, samples_per_s=rate))
 
 
-def try_fit(config: Mapping[str, Any], *, size: int, num_steps: int) -> float | None:
+def try_fit(config: Config, *, size: int, num_steps: int) -> float | None:
     """Run what the fit will run at this micro-batch; returns the samples per second.
 
     `num_steps` optimizer steps, >= 2, with their whole accumulation windows, clipping and
     averaging, then an evaluation step. Of several ranks with whole models each tries by itself.
     """
     timer = StepTimer()
+    num_ranks = None
+    if not is_single(config.strategy) and holds_whole_model(config):
+        num_ranks = shares(config.plain)
+        config = config.but(strategy={"_target_": SINGLE})  # whose memory is the same
     run = throwaway(
-        alone(config), num_steps=num_steps, validates=True, callbacks=[timer, LongestFirst()]
+        config,
+        num_steps=num_steps,
+        validates=True,
+        callbacks=[timer],
+        num_ranks=num_ranks,
+        served=longest_first_of_all,
     )
     fit(run)
     return size * timer.num_batches / timer.seconds if timer.seconds > 0 else None
 
 
-def try_evaluation(config: Mapping[str, Any], *, stage: str) -> None:
+def try_evaluation(config: Config, *, stage: str) -> None:
     """Run one batch of an evaluation: test, validate or predict."""
     model, data = build_model_and_data(config)
     trainer = build_trainer(config, callbacks=[], loggers=[])
@@ -225,6 +206,17 @@ def try_evaluation(config: Mapping[str, Any], *, stage: str) -> None:
         trainer.test(model, datamodule=data, verbose=False)
     else:
         trainer.validate(model, datamodule=data, verbose=False)
+
+
+class EndsEpoch(pl.Callback):
+    """Ends the epoch, and with it the fit, after so many optimizer steps: a validation follows."""
+
+    def __init__(self, num_steps: int) -> None:
+        self._num_steps = num_steps
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step >= self._num_steps:
+            trainer.should_stop = True
 
 
 class StepTimer(pl.Callback):
@@ -252,14 +244,9 @@ def _now(trainer: pl.Trainer) -> float:
     return time.perf_counter()
 
 
-class LongestFirst(pl.Callback):
-    """Serves the longest samples first, where samples differ in length: the worst case."""
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        loaders = trainer.train_dataloader
-        for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
-            if isinstance(loader, ResumableLoader) and type(loader.loader) is DataLoader:
-                loader.loader = longest_first(loader.loader)
+def longest_first_of_all(loaders: Any) -> Any:
+    """Training loaders that serve the longest samples first, where lengths differ: the worst."""
+    return tree_map(lambda one: longest_first(one) if type(one) is DataLoader else one, loaders)
 
 
 def longest_first(loader: DataLoader[Any], *, limit_s: float = 2.0) -> DataLoader[Any]:

@@ -31,7 +31,7 @@ from app.process.files import (
     write_atomically,
     write_json,
 )
-from app.run.states import ENDED, UNREADABLE
+from app.record.states import State
 
 LOG = "job.log"
 """What a job printed that has no terminal."""
@@ -50,7 +50,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_status(value: Any) -> bool:
-    return value in ("queued", "running", "failed", "interrupted", *ENDED)
+    return any(value == state for state in State if not state.has_no_result)
 
 
 def _is_slurm_job(value: Any) -> bool:
@@ -149,7 +149,7 @@ class RunFolder:
         result = read_json(self.result_path)
         if result is not None:
             refuse_other_shape(self.result_path, result, RESULT)
-            if result["status"] in ENDED and "metrics" not in result:
+            if State(result["status"]).is_done and "metrics" not in result:
                 raise Unreadable(self.result_path, "it has no metrics, as those of ended runs have")
         return result
 
@@ -295,7 +295,7 @@ def result_in(folder: Path) -> dict[str, Any]:
     try:
         return RunFolder(folder).read_result() or {}
     except Unreadable as error:
-        return {"status": UNREADABLE, "error": str(error)}
+        return {"status": State.unreadable, "error": str(error)}
 
 
 def refuse_unwritable(folders: Mapping[str, str]) -> None:

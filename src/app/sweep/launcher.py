@@ -6,33 +6,31 @@ Needs no torch.
 import gc
 import shlex
 import signal
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
-from hydra.types import TaskFunction
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from app.cli import NO_JOB, TaskOfCommand
 from app.config import is_slurm
 from app.errors import JobsFailed, Refused
+from app.record.folder import LOG
+from app.record.states import State
 from app.sweep.composing import Composer
 from app.sweep.folder import alone, claim, command, config_dirs, of_one_run, quoted
-from app.sweep.journal import DONE, Job
+from app.sweep.journal import Job
 from app.sweep.progress import Progress, counts, first_line, labels
-from app.sweep.states import refresh
-
-LOST = ("failed", "interrupted", "cancelled")
-"""States of jobs that came to nothing this time."""
 
 
-class Batch:
-    """The jobs of one sweep, in its folder, which this process holds.
+class SweepLauncher(ABC):
+    """Runs the jobs of one sweep, in its folder, which this process holds.
 
     Args:
-        loader: composes the jobs.
+        context: of the sweep; its loader composes the jobs from here on.
         task: what Hydra calls with a job's configuration.
         config: of the sweep; is told the folder.
 
@@ -43,7 +41,7 @@ class Batch:
     Raises Refused where the folder is held, or holds another sweep.
     """
 
-    def __init__(self, *, loader: ConfigLoader, task: TaskFunction, config: DictConfig) -> None:
+    def __init__(self, *, context: HydraContext, task: TaskFunction, config: DictConfig) -> None:
         if OmegaConf.select(config, "launch") is None:
             chosen = config.hydra.runtime.choices["hydra/launcher"]
             raise Refused(
@@ -54,24 +52,27 @@ class Batch:
             self.settings: Any = OmegaConf.to_object(config.launch)
         except ValueError as error:
             raise Refused(str(error)) from None
+        self.prepare(config)
         assert isinstance(task, TaskOfCommand)
         self.task = task.task
         task.has_begun = True  # as far as it goes here: jobs are other processes
         self.config = config
         gc.enable()  # a composed job that nobody keeps is more than a MiB of cycles
-        self._composer = Composer(loader)
+        loader: Any = Composer(context.config_loader)
+        self._loader = context.config_loader = loader
         self.folder, self._definition = claim(config)
         print(f"{self.folder.path}: composing the jobs", flush=True)
 
-    def launch(
-        self,
-        job_overrides: Sequence[Sequence[str]],
-        run: Callable[[Sequence[Job], list[Job], Progress], signal.Signals | None],
-    ) -> Sequence[JobReturn]:
-        """Let `run` run what is not finished; the values of all jobs.
+    @abstractmethod
+    def prepare(self, config: DictConfig) -> None:
+        """Make ready, before the folder is held. Raises Refused where no job can run here."""
 
-        Args:
-            run: is given all jobs and those to run; returns the signal that stopped it.
+    @abstractmethod
+    def run(self, jobs: list[Job], progress: Progress) -> signal.Signals | None:
+        """Run jobs to their ends; the signal that stopped them before, None where none did."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
+        """Run what is not done of a batch; the values of all its jobs.
 
         Raises Refused where there is no job, or one was chosen that is not there; SystemExit where
         the sweep was interrupted: 128 and the signal.
@@ -82,23 +83,20 @@ class Batch:
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         jobs = self.folder.add(self._definition, [list(typed) for typed in job_overrides])
         for job in jobs:
-            if job.state == "running" and not is_slurm(self.config.launch):
-                job.state = "interrupted"  # and was killed with its launcher
-            if job.state == "finished" and not (self.folder.path / str(job.folder)).is_dir():
-                job.state = "queued"  # somebody wants it anew
-        self._refuse_unknown(jobs)
-        todo = [job for job in jobs if self._is_to_run(job)]
-        refresh(self.folder.path, todo)
+            if job.state == State.finished and not (self.folder.path / job.place).is_dir():
+                job.state = State.queued  # somebody wants it anew
+        todo = self._chosen(jobs)
+        self.folder.refresh(todo)
         progress = Progress(jobs)
         progress.say(self._announcement(jobs, todo))
-        stopped_by = run(jobs, todo, progress) if todo else None
+        stopped_by = self.run(todo, progress) if todo else None
         if stopped_by is not None:
             progress.say(
                 f"interrupted: {counts(jobs)}; to go on type the same command, or python -m "
                 f"app.sweep resume {shlex.quote(str(self.folder.path))}"
             )
             raise SystemExit(128 + stopped_by)
-        lost = [job for job in todo if job.state in LOST]
+        lost = [job for job in todo if job.state.is_lost]
         summary = f"{self.folder.path}: {counts(jobs)}"
         if not lost:
             progress.say(summary)
@@ -106,24 +104,20 @@ class Batch:
         failure = JobsFailed(f"{summary}\n{self._listing(jobs, lost)}")
         return [_Lost(failure) if job in lost else _returned(job) for job in jobs]
 
-    def _refuse_unknown(self, jobs: Sequence[Job]) -> None:
-        chosen = getattr(self.settings, "jobs", None)
-        known = [job.job for job in jobs]
+    def _chosen(self, jobs: Sequence[Job]) -> list[Job]:
+        """The jobs to run. Raises Refused where others are asked for than there are."""
+        chosen, known = self.settings.jobs, [job.job for job in jobs]
         if chosen is not None and not {*chosen} <= {*known}:
             raise Refused(
                 f"launch.jobs must be numbers of the sweep's jobs, {min(known)} to {max(known)}, "
                 f"got {chosen}; type launch.jobs=null"
             )
-
-    def _is_to_run(self, job: Job) -> bool:
-        chosen = getattr(self.settings, "jobs", None)
-        if chosen is not None and job.job not in chosen:
-            return False
-        return job.state not in DONE
+        wanted = known if chosen is None else chosen
+        return [job for job in jobs if job.state.is_to_run and job.job in wanted]
 
     def _announcement(self, jobs: Sequence[Job], todo: Sequence[Job]) -> str:
         path = self.folder.path
-        if all(job.state == "queued" and job.attempt == 0 for job in jobs):
+        if all(job.state == State.queued and job.attempt == 0 for job in jobs):
             return f"{path}: {len(jobs)} job{'s' if len(jobs) > 1 else ''}"
         return (
             f"continuing {path}: {counts(jobs)}; {len(todo)} to run "
@@ -132,7 +126,7 @@ class Batch:
 
     def composed(self, job: Job) -> DictConfig:
         """The configuration of a job, with its folder; notes the folder."""
-        cfg = self._composer.compose(self.config, list(job.overrides))
+        cfg: DictConfig = self._loader.load_sweep_config(self.config, job.overrides)
         with open_dict(cfg):
             cfg.hydra.job.id = str(job.job)
             cfg.hydra.job.num = job.job
@@ -155,7 +149,7 @@ class Batch:
             lines += [
                 f"#{job.job}  {names[job.job]}",
                 f"    {error}",
-                f"    {self.folder.path / str(job.folder) / 'job.log'}",
+                f"    {self.folder.path / job.place / LOG}",
                 f"    {self._single(job)}",
             ]
         if self.config.sweep is None:  # a study has told itself that they failed
@@ -169,7 +163,7 @@ class Batch:
         start = words[: 3 if words[1] == "-m" else 2]
         flags = alone(self.config.hydra.job.config_name, config_dirs(self.config))
         typed = of_one_run(list(filter_overrides(job.overrides)))
-        run_dir = f"hydra.run.dir={quoted(str(self.folder.path / str(job.folder)))}"
+        run_dir = f"hydra.run.dir={quoted(str(self.folder.path / job.place))}"
         return shlex.join([*start, *flags, *typed, run_dir])
 
 

@@ -1,21 +1,24 @@
-"""A job of a sweep in a process of its own, and how it ended. Needs no torch."""
+"""A run in a process of its own, a job of a sweep, and how it ended. Needs no torch."""
 
 import os
 import pickle
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from hydra import version
-from hydra._internal.callbacks import Callbacks
 from hydra.core.utils import run_job, setup_globals
 from hydra.types import HydraContext
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from app.cli import VERSION_BASE, explain, is_told_in_a_line
@@ -23,8 +26,8 @@ from app.errors import RankFailed
 from app.process.asked import HEEDED
 from app.process.ending import GRACE_S, end_in_time, leave
 from app.process.files import write_to
-from app.run.folder import LOG, RunFolder
-from app.run.states import ENDED
+from app.record.folder import LOG, RunFolder
+from app.record.states import State
 
 INTERRUPTED = tuple(128 + number for number in (signal.SIGINT, *HEEDED))
 JOB_GRACE_S = 2 * GRACE_S
@@ -40,7 +43,7 @@ class Outcome:
         is_refusal: whether what was typed is not allowed, so that trying again cannot help.
     """
 
-    state: str
+    state: State
     value: Any = None
     error: str | None = None
     is_refusal: bool = False
@@ -112,10 +115,12 @@ class JobProcess:
     def _ended_silently(self, exit_code: int) -> Outcome:
         pid = self._process.pid
         if exit_code >= 0:
-            return Outcome(state="failed", error=f"process {pid} ended with exit code {exit_code}")
+            return Outcome(
+                state=State.failed, error=f"process {pid} ended with exit code {exit_code}"
+            )
         hint = "; was memory short?" if -exit_code == signal.SIGKILL else ""
         name = signal.Signals(-exit_code).name
-        return Outcome(state="failed", error=f"process {pid} was ended by {name}{hint}")
+        return Outcome(state=State.failed, error=f"process {pid} was ended by {name}{hint}")
 
 
 def _work(
@@ -137,16 +142,31 @@ def _work(
         sender.send_bytes(pickle.dumps(None))  # signals are heard from here on
         outcome = _outcome(task, cfg, folder)
     except (KeyboardInterrupt, SystemExit):
-        outcome = Outcome(state="interrupted")
+        outcome = Outcome(state=State.interrupted)
     sender.send_bytes(pickle.dumps(outcome))
-    leave(0 if outcome.state in ENDED else 1)
+    leave(0 if outcome.state.is_done else 1)
+
+
+def _callbacks(cfg: DictConfig) -> Any:
+    """Hydra's callbacks of a job, by the configuration; one that fails only warns, as in Hydra."""
+    made = list((instantiate(cfg.hydra.callbacks, _convert_="all") or {}).values())
+
+    def tell(name: str, **given: Any) -> None:
+        for one in made if name == "on_job_start" else reversed(made):
+            try:
+                getattr(one, name)(**given)
+            except Exception as error:
+                said = f"{type(one).__name__}.{name} raised {type(error).__name__}: {error}"
+                warnings.warn(f"Callback {said}", stacklevel=2)
+
+    return SimpleNamespace(**{name: partial(tell, name) for name in ("on_job_start", "on_job_end")})
 
 
 def _outcome(task: Callable[[DictConfig], Any], cfg: DictConfig, folder: Path) -> Outcome:
-    context = HydraContext(config_loader=None, callbacks=Callbacks(cfg))  # type: ignore[arg-type]
+    loader: Any = None  # of which a job has no need
     try:
         done = run_job(
-            hydra_context=context,
+            hydra_context=HydraContext(config_loader=loader, callbacks=_callbacks(cfg)),
             task_function=task,
             config=cfg,
             job_dir_key="hydra.sweep.dir",
@@ -154,13 +174,13 @@ def _outcome(task: Callable[[DictConfig], Any], cfg: DictConfig, folder: Path) -
         )
         value = done.return_value  # raises what the job raised
         result = RunFolder(folder).read_result() or {}
-        return Outcome(state=result.get("status", "finished"), value=value)
+        return Outcome(state=State(result.get("status", State.finished)), value=value)
     except KeyboardInterrupt:
-        return Outcome(state="interrupted")
+        return Outcome(state=State.interrupted)
     except SystemExit as stop:
         if stop.code in INTERRUPTED:
-            return Outcome(state="interrupted")
-        return Outcome(state="failed", error=f"SystemExit: {stop.code}")
+            return Outcome(state=State.interrupted)
+        return Outcome(state=State.failed, error=f"SystemExit: {stop.code}")
     except BaseException as error:
         is_refusal = is_told_in_a_line(error)
         text = f"{type(error).__name__}: {error}"
@@ -169,4 +189,4 @@ def _outcome(task: Callable[[DictConfig], Any], cfg: DictConfig, folder: Path) -
         if isinstance(error, RankFailed):
             text = error.error
         print(text if is_refusal else traceback.format_exc(), file=sys.stderr)
-        return Outcome(state="failed", error=text, is_refusal=is_refusal)
+        return Outcome(state=State.failed, error=text, is_refusal=is_refusal)

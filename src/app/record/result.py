@@ -5,16 +5,17 @@ import subprocess
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from app import DISTRIBUTION
 from app.config import config_hash
 from app.process.requeue import slurm_job
-from app.run.folder import RunFolder
-from app.run.metrics import read_metrics
-from app.run.states import SLURM_JOB
+from app.record.folder import RunFolder
+from app.record.loggers import read_metrics
+from app.record.states import SLURM_JOB, State
 
 
 class Record:
@@ -31,18 +32,15 @@ class Record:
         self._folder = folder
         self._writes = writes
         self._seconds: dict[str, float] = {}
-        self.outcome = "finished"
+        self.outcome = State.finished
         self.content: dict[str, Any] = {
-            "status": "running",
+            "status": State.running,
             "name": config["name"],
             "config_hash": config_hash(config),
             "seconds": self._seconds,
             **({} if (job := slurm_job()) is None else {SLURM_JOB: job}),
             "git_commit": git_commit(),
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("app", "torch", "lightning", "hydra-core")},
-            },
+            "versions": versions(),
         }
 
     @contextmanager
@@ -53,12 +51,12 @@ class Record:
             yield
             self.content["status"] = self.outcome
         except (KeyboardInterrupt, SystemExit, BrokenPipeError):
-            self.content["status"] = "interrupted"
+            self.content["status"] = State.interrupted
             raise
         except BaseException as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             self.content |= {
-                "status": "failed",
+                "status": State.failed,
                 "error": f"{type(error).__name__}: {error}",
                 "where": f"{last.filename}:{last.lineno} in {last.name}",
             }
@@ -79,6 +77,15 @@ class Record:
             yield
         finally:
             self._seconds[name] = round(time.monotonic() - start, 3)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages; ours is missing where the source is run without an install."""
+    found = {"python": platform.python_version()}
+    for name in (DISTRIBUTION, "torch", "lightning", "hydra-core"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def git_commit() -> str | None:
@@ -107,8 +114,7 @@ def draw_curves(metrics_csv: Path, png: Path) -> None:
     lines = -(-len(panels) // columns)
     width, height = 5 * columns, 3 * lines
     figure = Figure(figsize=(width, height))
-    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-    # inches, by hand: a layout engine draws everything twice
+    # inches and titles, by hand: placing them draws everything twice
     figure.subplots_adjust(
         left=0.6 / width,
         right=1 - 0.2 / width,
@@ -117,16 +123,15 @@ def draw_curves(metrics_csv: Path, png: Path) -> None:
         wspace=0.2,
         hspace=0.45,
     )
-    for panel, (title, members) in zip(axes, sorted(panels.items()), strict=False):
+    for place, (title, members) in enumerate(sorted(panels.items()), 1):
+        panel = figure.add_subplot(lines, columns, place)
         for name in members:
             points = [(row["step"], row[name]) for row in rows if name in row]
             panel.plot(
                 *zip(*points, strict=True), label=name, marker="." if len(points) < 3 else ""
             )
-        title = title if len(members) > 1 else members[0]
-        panel.set(title=title, xlabel="optimizer step")
+        panel.set_title(title if len(members) > 1 else members[0], y=1.0)
+        panel.set_xlabel("optimizer step")
         if len(members) > 1:
             panel.legend()
-    for panel in axes[len(panels) :]:
-        panel.remove()
-    figure.savefig(png)
+    figure.savefig(png, pil_kwargs={"compress_level": 1})

@@ -1,0 +1,1 @@
+"""What ranks share: the samples of a step, the gradients, the shards of the weights."""

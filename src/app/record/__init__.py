@@ -1,0 +1,1 @@
+"""The files of one run: its folder, what it came to, its metrics, and the state that they say."""
