@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from app.config import DDP, SINGLE
 from app.parallel.sizes import accumulation_factor, data_parallel_size
@@ -16,467 +16,308 @@ if TYPE_CHECKING:
 
 def check_combinations(run: "Train") -> None:
     """Raise ValueError at the first combination of choices that is refused."""
-    for rule in RULES:
-        if rule.is_broken(run):
-            raise ValueError(rule.message(run))
-    for pair in WITH_STRATEGIES:
-        if _is(run.strategy, *pair.strategies) and pair.is_broken(run):
-            raise ValueError(pair.message(run))
-    for package, (needs, choice, other) in PACKAGES.items():
-        if needs(run):
-            group = choice.partition("=")[0]
-            require_package(package, choice, f"use {group}={other}")
-    world_size = _data_parallel_size(run)
-    if world_size is not None and _get(run.accumulate, "micro_batch_size") is not None:
+    seen = Seen(run)
+    for text, is_broken in (RULES | WITH_STRATEGIES).items():
+        if is_broken(seen):
+            raise ValueError(text.format(run=seen))
+    for package, (is_needed, choice, other) in PACKAGES.items():
+        if is_needed(seen):
+            require_package(package, choice, f"use {choice.partition('=')[0]}={other}")
+    samples = seen.accumulate.batch_size, seen.accumulate.micro_batch_size
+    if None not in (*samples, seen.data_parallel_size):
         accumulation_factor(
-            batch_size=run.accumulate.batch_size,
-            micro_batch_size=run.accumulate.micro_batch_size,
-            world_size=world_size,
+            batch_size=samples[0],
+            micro_batch_size=samples[1],
+            world_size=int(seen.data_parallel_size or 1),
         )
 
 
-class Rule(NamedTuple):
-    """A combination that is refused: it would fail after a while, or do nothing in silence."""
+class Group:
+    """A group of a run: true where it is on; a key that it does not have is None."""
 
-    is_broken: Callable[["Train"], bool]
-    message: Callable[["Train"], str]
+    def __init__(self, group: Any) -> None:
+        self._group = group
 
+    def __bool__(self) -> bool:
+        return self._group is not None
 
-def _late_starts(run: "Train") -> list[int]:
-    """Starts of an accumulation schedule that the run never reaches."""
-    by = _get(run.accumulate, "by")
-    end = run.trainer.max_epochs if by == "epoch" else run.trainer.max_steps
-    return [] if by is None or end is None else [s for s in run.accumulate.starts if s >= end]
-
-
-def _average_start(run: "Train") -> tuple[str, float, int] | None:
-    """Key and value of an averaging start, and the end of the run in the same unit."""
-    for key, end in (
-        ("start_step", run.trainer.max_steps),
-        ("start_epoch", run.trainer.max_epochs),
-        ("start", run.trainer.max_epochs),
-    ):
-        start = _get(run.averaging, key)
-        if start is not None and end is not None and not isinstance(start, float):
-            return key, start, end
-    return None
+    def __getattr__(self, key: str) -> Any:
+        group = self._group
+        return group.get(key) if isinstance(group, dict) else getattr(group, key, None)
 
 
-def _never_averages(run: "Train") -> bool:
-    found = _average_start(run)
-    return found is not None and found[1] >= found[2]
+class Seen:
+    """A run as the rules look at it: its groups by name, and what follows from them."""
 
+    def __init__(self, run: "Train") -> None:
+        self.run = run
+        self.are_ours = all(
+            is_dataclass(group) and str(getattr(group, "_target_", "")).startswith("app.")
+            for group in (run.model, run.data)
+        )
+        self.on_cpu = self.trainer.accelerator == "cpu"
+        self.is_endless = self.trainer.max_epochs is None and self.trainer.max_steps is None
+        self.is_unvalidated = self.trainer.limit_val_batches in (0, 0.0)
+        self.is_fp8 = self.precision.mode == "transformer-engine"
+        self.is_8bit = self.optimizer._target_ == "app.optim.AdamW8bit"
+        self.is_single = self.strategy._target_ == SINGLE
+        self.is_deepspeed = self.strategy._target_ == "app.strategy.deepspeed"
+        self.is_fsdp = self.strategy._target_ == "app.parallel.sharded.Sharded"
+        self.sharding = "fsdp" if self.is_fsdp else "deepspeed" if self.is_deepspeed else None
 
-def _never_averages_message(run: "Train") -> str:
-    found = _average_start(run)
-    assert found is not None
-    key, start, end = found
-    return (
-        f"averaging.{key}={start} is not before the end of the run ({end}), so that nothing would "
-        f"be averaged; type averaging.{key}={end // 2}, or use averaging=none"
-    )
+    def __getattr__(self, group: str) -> Group:
+        return Group(getattr(self.run, group))
 
+    @property
+    def late_milestones(self) -> list[int]:
+        """Epochs of a scheduler that the run does not reach."""
+        end = self.trainer.max_epochs or math.inf
+        return [epoch for epoch in self.scheduler.milestones or () if epoch >= end]
 
-def _has_no_length(run: "Train") -> bool:
-    return run.trainer.max_epochs is None and run.trainer.max_steps is None
+    @property
+    def half_of_epochs(self) -> int:
+        """A milestone that it reaches."""
+        return int(self.trainer.max_epochs // 2)
 
+    @property
+    def end_of_starts(self) -> float:
+        """The end of the run in the unit of an accumulation schedule."""
+        end = self.trainer.max_epochs if self.accumulate.by == "epoch" else self.trainer.max_steps
+        return math.inf if end is None else end
 
-def _has_no_validation(run: "Train") -> bool:
-    return run.trainer.limit_val_batches in (0, 0.0)
+    @property
+    def late_starts(self) -> list[int]:
+        """Starts of an accumulation schedule that the run never reaches."""
+        starts = self.accumulate.starts if self.accumulate.by else ()
+        return [start for start in starts if start >= self.end_of_starts]
 
+    @property
+    def late_average(self) -> dict[str, Any]:
+        """Key, value and end of the run where averaging starts at it or later."""
+        for key, end in (
+            ("start_step", self.trainer.max_steps),
+            ("start_epoch", self.trainer.max_epochs),
+            ("start", self.trainer.max_epochs),
+        ):
+            start = getattr(self.averaging, key)
+            if isinstance(start, int) and end is not None and start >= end:
+                return {"key": key, "start": start, "end": end, "half": end // 2}
+        return {}
 
-def _get(slot: Any, key: str) -> Any:
-    """A key of a group that is off, a schema, or free-form."""
-    return slot.get(key) if isinstance(slot, dict) else getattr(slot, key, None)
+    @property
+    def is_plain_norm(self) -> bool:
+        """Whether gradients are clipped by their 2-norm."""
+        return self.clip._target_ == "app.clip.NormClip" and self.clip.norm_type == 2
 
+    @property
+    def has_open_horizon(self) -> bool:
+        """Whether an average's memory is a share of a run that has no length."""
+        ema = self.averaging
+        is_horizon = ema.horizon is not None and ema.decay is None and ema.half_life_steps is None
+        return is_horizon and self.is_endless
 
-def _data_parallel_size(run: "Train") -> int | None:
-    if _is(run.strategy, SINGLE):
-        return 1
-    return data_parallel_size(
-        devices=run.trainer.devices,
-        num_nodes=run.trainer.num_nodes,
-        tensor_parallel_size=_get(run.strategy, "tensor_parallel_size"),
-    )
+    @property
+    def hops_taken(self) -> int:
+        """Hops to neighbours that a model of ours takes."""
+        is_graphs = self.are_ours and self.model._target_ == "app.models.graphsage.GraphSage"
+        return len(self.model.hidden_sizes) + 1 if is_graphs else 0
 
+    @property
+    def hops_served(self) -> int:
+        """Hops to neighbours that data of ours serve to a model of ours."""
+        return len(self.data.fanouts or ()) if self.are_ours else 0
 
-def _num_processes(run: "Train") -> int:
-    """1 where it is not known yet."""
-    devices = 1 if run.trainer.devices == "auto" else int(run.trainer.devices)
-    return devices * int(run.trainer.num_nodes)
+    @property
+    def fanouts(self) -> list[int]:
+        """Those that would serve the model."""
+        return [10] * self.hops_taken
 
-
-def _splits_unevenly(run: "Train") -> bool:
-    split = _get(run.strategy, "tensor_parallel_size")
-    return split is not None and run.trainer.devices != "auto" and _num_processes(run) % split != 0
-
-
-def _replicates_unevenly(run: "Train") -> bool:
-    size, replicas = _data_parallel_size(run), _get(run.strategy, "num_replicas")
-    return size is not None and replicas is not None and size % replicas != 0
-
-
-FSDP = ("app.parallel.sharded.Sharded",)
-DEEPSPEED = ("app.strategy.deepspeed",)
-
-
-def _is(slot: Any, *targets: str) -> bool:
-    return _get(slot, "_target_") in targets
-
-
-def _name(strategy: Any) -> str:
-    """A strategy as typed, but for what its schema sets: the stage, the split layers."""
-    name = _get(strategy, "_target_").rpartition(".")[2]
-    return f"strategy={'fsdp' if _is(strategy, *FSDP) else name}"
-
-
-GRAPH_MODEL = "app.models.graphsage.GraphSage"
-
-
-def _are_ours(run: "Train") -> bool:
-    targets = [_get(slot, "_target_") for slot in (run.model, run.data) if is_dataclass(slot)]
-    return len(targets) == 2 and all(str(target).startswith("app.") for target in targets)
-
-
-METRICS = ("train_loss", "val_loss", "val_acc", "test_loss", "test_acc", "raw_val_loss",
-           "raw_val_acc")  # fmt: skip
-"""What is measured of a model of ours."""
-
-
-def _unknown_metric(run: "Train") -> tuple[str, str, str, str] | None:
-    """Key, known names, name and key again of a metric that a model of ours does not log."""
-    callbacks = run.callbacks
-    if not (callbacks is None or is_dataclass(callbacks)):
+    @property
+    def unknown_metric(self) -> tuple[str, str] | None:
+        """Key and value of a metric that a model of ours does not log, where no callback may."""
+        callbacks = self.run.callbacks
+        is_known = callbacks is None or (
+            is_dataclass(callbacks)
+            and vars(callbacks).keys() <= {f.name for f in fields(callbacks)}
+        )
+        for key, name in (
+            ("objective", self.run.objective),
+            ("callbacks.checkpoint.monitor", Group(self.callbacks.checkpoint).monitor),
+            ("callbacks.early_stopping.monitor", Group(self.callbacks.early_stopping).monitor),
+            ("scheduler.monitor", self.scheduler.monitor),
+        ):
+            if self.are_ours and is_known and name is not None and name not in METRICS.split(", "):
+                return key, name
         return None
-    names = {f.name for f in fields(callbacks)} if is_dataclass(callbacks) else set()
-    if not _are_ours(run) or not vars(callbacks or run).keys() <= names | vars(run).keys():
-        return None  # a callback of somebody's may log others
-    for key, name in (
-        ("objective", run.objective),
-        ("callbacks.checkpoint.monitor", _get(_get(callbacks, "checkpoint"), "monitor")),
-        ("callbacks.early_stopping.monitor", _get(_get(callbacks, "early_stopping"), "monitor")),
-        ("scheduler.monitor", _get(run.scheduler, "monitor")),
-    ):
-        if name is not None and name not in METRICS:
-            return key, ", ".join(METRICS), name, key
-    return None
+
+    @property
+    def num_processes(self) -> int:
+        """1 where it is not known yet."""
+        devices = 1 if self.trainer.devices == "auto" else int(self.trainer.devices)
+        return devices * int(self.trainer.num_nodes)
+
+    @property
+    def data_parallel_size(self) -> int | None:
+        """None where it is not known yet."""
+        if self.is_single:
+            return 1
+        return data_parallel_size(
+            devices=self.trainer.devices,
+            num_nodes=self.trainer.num_nodes,
+            tensor_parallel_size=self.strategy.tensor_parallel_size,
+        )
+
+    @property
+    def splits_unevenly(self) -> bool:
+        """Whether the devices that split a layer do not divide the processes."""
+        split = self.strategy.tensor_parallel_size
+        is_known = split is not None and self.trainer.devices != "auto"
+        return is_known and self.num_processes % split != 0
+
+    @property
+    def even_replicas(self) -> int:
+        """The most groups of processes, up to those asked for, of equal size."""
+        replicas = self.strategy.num_replicas or 1
+        size = self.data_parallel_size
+        return replicas if size is None else math.gcd(replicas, size)
 
 
-def _num_hops(run: "Train") -> tuple[int, int]:
-    """Hops to neighbours that the model takes and the data serves; equal where one is not ours."""
-    if not _are_ours(run):
-        return 0, 0
-    takes = len(run.model.hidden_sizes) + 1 if _is(run.model, GRAPH_MODEL) else 0
-    return takes, len(_get(run.data, "fanouts") or ())
-
-
-FP8 = "transformer-engine"
-
-PACKAGES = {
-    "bitsandbytes": (lambda run: _is(run.optimizer, EIGHT_BIT), "optimizer=adamw8bit", "adamw"),
-    "deepspeed": (lambda run: _is(run.strategy, *DEEPSPEED), "strategy=deepspeed", "fsdp"),
-    "transformer_engine": (lambda run: run.precision.mode == FP8, "precision=fp8", "bf16"),
-}
-"""Optional packages: what needs one, and the preset that does not."""
-
-EIGHT_BIT = "app.optim.AdamW8bit"
+METRICS = "train_loss, val_loss, val_acc, test_loss, test_acc, raw_val_loss, raw_val_acc"
+"""What is measured of a model of ours."""
 
 BY_LENGTH = ("app.optim.WarmupDecay", "app.optim.OneCycle")
 """Schedules that are laid out over the whole run."""
 
+PACKAGES: dict[str, tuple[Callable[[Seen], bool], str, str]] = {
+    "bitsandbytes": (lambda run: run.is_8bit, "optimizer=adamw8bit", "adamw"),
+    "deepspeed": (lambda run: run.is_deepspeed, "strategy=deepspeed", "fsdp"),
+    "transformer_engine": (lambda run: run.is_fp8, "precision=fp8", "bf16"),
+}
+"""Optional packages: what needs one, and the preset that does not."""
 
-class Pair(NamedTuple):
-    """What a strategy cannot run, why, and what to type instead."""
+Rules = dict[str, Callable[[Seen], Any]]
+"""What is said of a combination that is refused, and where it is."""
 
-    strategies: tuple[str, ...]
-    is_broken: Callable[["Train"], bool]
-    what: str
-    why: str
-    instead: str
+WITH_STRATEGIES: Rules = {
+    "trainer.accelerator=cpu cannot run with strategy=deepspeed: DeepSpeed needs GPUs; use "
+    "strategy=fsdp": lambda run: run.is_deepspeed and run.on_cpu,
+    "precision.mode={run.precision.mode} cannot run with strategy=fsdp: float8 layers are not "
+    "sharded; use precision=bf16": lambda run: run.is_fsdp and run.is_fp8,
+    "precision.mode={run.precision.mode} cannot run with strategy=fsdp: an overflow in one part of "
+    "a split layer is not seen by the others; use precision=bf16, or type "
+    "strategy.tensor_parallel_size=1": lambda run: (
+        run.is_fsdp
+        and run.precision.mode == "16-mixed"
+        and (run.strategy.tensor_parallel_size or 1) > 1
+    ),
+    "precision.mode={run.precision.mode} cannot run with strategy=deepspeed: Lightning's strategy "
+    "takes neither float64 nor float8; use precision=bf16": lambda run: (
+        run.is_deepspeed and (run.is_fp8 or run.precision.mode == "64-true")
+    ),
+    "this clipping cannot run with strategy=deepspeed: DeepSpeed's engine keeps the gradients, and "
+    "clips their 2-norm only; use clip=norm": lambda run: (
+        run.is_deepspeed and run.clip and not run.is_plain_norm
+    ),
+    "accumulation cannot run with strategy=deepspeed: DeepSpeed's engine counts the micro-batches "
+    "itself; use accumulate=none, or strategy=fsdp": lambda run: (
+        run.is_deepspeed and run.accumulate
+    ),
+    "averaging cannot run with strategy=deepspeed: DeepSpeed's engine keeps the weights that it "
+    "steps; use averaging=none, or strategy=fsdp": lambda run: run.is_deepspeed and run.averaging,
+    "averaging.validate=both cannot run with strategy=fsdp: it runs a copy of the model, which "
+    "cannot be made of shards; type averaging.validate=averaged": lambda run: (
+        run.is_fsdp and run.averaging.validate == "both"
+    ),
+    "tuner.milestones cannot run with strategy={run.sharding}: a second sharded model cannot be "
+    "made inside a fit; type 'tuner.milestones=[]'": lambda run: (
+        run.sharding and run.tuner.milestones
+    ),
+    "tuner.milestones with tuner.batch_size cannot run with strategy=ddp: a rank that runs out of "
+    "memory inside a fit would leave the others waiting; type tuner.batch_size=null": lambda run: (
+        run.strategy._target_ == DDP and run.tuner.milestones and run.tuner.batch_size is not None
+    ),
+    "compile.fullgraph=true cannot run with strategy=fsdp: each block is gathered between two "
+    "graphs; type compile.fullgraph=false": lambda run: run.is_fsdp and run.compile.fullgraph,
+    "optimizer=adamw8bit cannot run with strategy=fsdp: bitsandbytes cannot step shards; use "
+    "optimizer=adamw, or strategy=ddp": lambda run: run.is_fsdp and run.is_8bit,
+}
 
-    def message(self, run: "Train") -> str:
-        """`what` cannot run with the strategy, because; what to type."""
-        what = self.what.format(run=run)
-        return f"{what} cannot run with {_name(run.strategy)}: {self.why}; {self.instead}"
-
-
-WITH_STRATEGIES = (
-    Pair(
-        DEEPSPEED,
-        lambda run: run.trainer.accelerator == "cpu",
-        "trainer.accelerator=cpu",
-        "DeepSpeed needs GPUs",
-        "use strategy=fsdp",
+RULES: Rules = {
+    "scheduler needs an optimizer whose rate it sets, and optimizer=none leaves the model its own; "
+    "choose an optimizer, or use scheduler=none": lambda run: run.scheduler and not run.optimizer,
+    "scheduler needs the length of the run; type trainer.max_epochs=30 or trainer.max_steps=1000, "
+    "or use scheduler=none": lambda run: run.is_endless and run.scheduler._target_ in BY_LENGTH,
+    "scheduler.milestones={run.scheduler.milestones} are not all before "
+    "trainer.max_epochs={run.trainer.max_epochs}; type "
+    "'scheduler.milestones=[{run.half_of_epochs}]'": lambda run: run.late_milestones,
+    "scheduler=plateau watches the validation, which trainer.limit_val_batches=0 switches off; "
+    "type trainer.limit_val_batches=null, or use another scheduler": lambda run: (
+        run.is_unvalidated and run.scheduler.monitor is not None
     ),
-    Pair(
-        FSDP,
-        lambda run: run.precision.mode == FP8,
-        "precision.mode={run.precision.mode}",
-        "float8 layers are not sharded",
-        "use precision=bf16",
+    "callbacks.early_stopping watches the validation, which trainer.limit_val_batches=0 switches "
+    "off; type trainer.limit_val_batches=null, or use callbacks=default": lambda run: (
+        run.is_unvalidated and run.callbacks.early_stopping is not None
     ),
-    Pair(
-        FSDP,
-        lambda run: run.precision.mode == "16-mixed" and run.strategy.tensor_parallel_size > 1,
-        "precision.mode={run.precision.mode}",
-        "an overflow in one part of a split layer is not seen by the others",
-        "use precision=bf16, or type strategy.tensor_parallel_size=1",
+    "accumulate.starts has {run.late_starts}, which the run never reaches "
+    "(trainer.max_{run.accumulate.by}s={run.end_of_starts}); leave them out": lambda run: (
+        run.late_starts
     ),
-    Pair(
-        DEEPSPEED,
-        lambda run: run.precision.mode in ("64-true", FP8),
-        "precision.mode={run.precision.mode}",
-        "Lightning's strategy takes neither float64 nor float8",
-        "use precision=bf16",
+    "averaging.{run.late_average[key]}={run.late_average[start]} is not before the end of the run "
+    "({run.late_average[end]}), so that nothing would be averaged; type "
+    "averaging.{run.late_average[key]}={run.late_average[half]}, or use averaging=none": (
+        lambda run: run.late_average
     ),
-    Pair(
-        DEEPSPEED,
-        lambda run: run.clip is not None and not _is_plain_norm(run.clip),
-        "this clipping",
-        "DeepSpeed's engine keeps the gradients, and clips their 2-norm only",
-        "use clip=norm",
+    "averaging.start={run.averaging.start} is a share of trainer.max_epochs, which is null; type "
+    "averaging.start=null averaging.start_step=1000": lambda run: (
+        isinstance(run.averaging.start, float) and run.trainer.max_epochs is None
     ),
-    Pair(
-        DEEPSPEED,
-        lambda run: run.accumulate is not None,
-        "accumulation",
-        "DeepSpeed's engine counts the micro-batches itself",
-        "use accumulate=none, or strategy=fsdp",
+    "averaging.horizon is a share of the run's optimizer steps, which neither trainer.max_epochs "
+    "nor trainer.max_steps bounds; type averaging.decay=0.999": lambda run: run.has_open_horizon,
+    "averaging.validate=both needs the validation, which trainer.limit_val_batches=0 switches off; "
+    "type averaging.validate=averaged": lambda run: (
+        run.is_unvalidated and run.averaging.validate == "both"
     ),
-    Pair(
-        DEEPSPEED,
-        lambda run: run.averaging is not None,
-        "averaging",
-        "DeepSpeed's engine keeps the weights that it steps",
-        "use averaging=none, or strategy=fsdp",
+    "precision=fp16 needs a GPU: trainer.accelerator=cpu has no scaled float16; use "
+    "precision=bf16": lambda run: run.on_cpu and run.precision.mode == "16-mixed",
+    "model=graphsage has {run.hops_taken} layers, and the data serves {run.hops_served} hops to "
+    "neighbours; type data=graph 'data.fanouts={run.fanouts}'": lambda run: (
+        0 < run.hops_taken != run.hops_served
     ),
-    Pair(
-        FSDP,
-        lambda run: _get(run.averaging, "validate") == "both",
-        "averaging.validate=both",
-        "it runs a copy of the model, which cannot be made of shards",
-        "type averaging.validate=averaged",
+    "data.fanouts={run.data.fanouts} adds neighbours to each node, which only model=graphsage "
+    "takes; choose it, or type 'data.fanouts=[]'": lambda run: (
+        0 == run.hops_taken < run.hops_served
     ),
-    Pair(
-        FSDP + DEEPSPEED,
-        lambda run: bool(_get(run.tuner, "milestones")),
-        "tuner.milestones",
-        "a second sharded model cannot be made inside a fit",
-        "type 'tuner.milestones=[]'",
+    "model.in_features must be the data's {run.data.num_features}, got {run.model.in_features}; "
+    "leave it out": lambda run: run.are_ours and run.model.in_features != run.data.num_features,
+    "model.num_classes must be at least the data's {run.data.num_classes}, got "
+    "{run.model.num_classes}; leave it out": lambda run: (
+        run.are_ours and run.model.num_classes < run.data.num_classes
     ),
-    Pair(
-        (DDP,),
-        lambda run: (
-            bool(_get(run.tuner, "milestones")) and _get(run.tuner, "batch_size") is not None
-        ),
-        "tuner.milestones with tuner.batch_size",
-        "a rank that runs out of memory inside a fit would leave the others waiting",
-        "type tuner.batch_size=null",
+    "{run.unknown_metric[0]} must be one of " + METRICS + ", which the model logs, got "
+    "{run.unknown_metric[1]}; type {run.unknown_metric[0]}=val_loss": lambda run: (
+        run.unknown_metric
     ),
-    Pair(
-        FSDP,
-        lambda run: bool(_get(run.compile, "fullgraph")),
-        "compile.fullgraph=true",
-        "each block is gathered between two graphs",
-        "type compile.fullgraph=false",
+    "precision=tf32 needs a GPU: trainer.accelerator=cpu has no TF32; use "
+    "precision=fp32": lambda run: run.on_cpu and run.precision.matmul == "high",
+    "precision=fp8 needs a GPU: trainer.accelerator=cpu has no float8; use "
+    "precision=bf16": lambda run: run.on_cpu and run.is_fp8,
+    "memory=checkpointing runs blocks a second time outside the float8 arithmetic of "
+    "precision=fp8; use precision=bf16, or memory=none": lambda run: run.is_fp8 and run.memory,
+    "compile=reduce_overhead needs a GPU: trainer.accelerator=cpu has no CUDA graphs; use "
+    "compile=default": lambda run: run.on_cpu and run.compile.mode == "reduce_overhead",
+    "trainer.sync_batchnorm needs GPUs: trainer.accelerator=cpu has no synchronized BatchNorm; "
+    "type trainer.sync_batchnorm=false": lambda run: run.on_cpu and run.trainer.sync_batchnorm,
+    "trainer.sync_batchnorm has no effect with strategy=single; type strategy=ddp, or "
+    "trainer.sync_batchnorm=false": lambda run: run.is_single and run.trainer.sync_batchnorm,
+    "trainer.devices={run.trainer.devices} and trainer.num_nodes={run.trainer.num_nodes} need a "
+    "strategy of several processes; type strategy=ddp": lambda run: (
+        run.is_single and run.num_processes > 1
     ),
-    Pair(
-        FSDP,
-        lambda run: _is(run.optimizer, EIGHT_BIT),
-        "optimizer=adamw8bit",
-        "bitsandbytes cannot step shards",
-        "use optimizer=adamw, or strategy=ddp",
+    "strategy.tensor_parallel_size={run.strategy.tensor_parallel_size} must divide the "
+    "{run.num_processes} processes; type "
+    "trainer.devices={run.strategy.tensor_parallel_size}": lambda run: run.splits_unevenly,
+    "strategy.num_replicas={run.strategy.num_replicas} must divide the number of data parallel "
+    "processes, {run.data_parallel_size}; type strategy.num_replicas={run.even_replicas}": (
+        lambda run: run.strategy.num_replicas not in (None, run.even_replicas)
     ),
-)
-
-
-def _is_plain_norm(clip: Any) -> bool:
-    return _is(clip, "app.clip.NormClip") and clip.norm_type == 2
-
-
-RULES = (
-    Rule(
-        lambda run: run.scheduler is not None and run.optimizer is None,
-        lambda run: (
-            "scheduler needs an optimizer whose rate it sets, and optimizer=none leaves the model "
-            "its own; choose an optimizer, or use scheduler=none"
-        ),
-    ),
-    Rule(
-        lambda run: _get(run.scheduler, "_target_") in BY_LENGTH and _has_no_length(run),
-        lambda run: (
-            "scheduler needs the length of the run; type trainer.max_epochs=30 or "
-            "trainer.max_steps=1000, or use scheduler=none"
-        ),
-    ),
-    Rule(
-        lambda run: any(e >= (run.trainer.max_epochs or e + 1) for e in _milestones(run)),
-        lambda run: (
-            f"scheduler.milestones={_milestones(run)} are not all before "
-            f"trainer.max_epochs={run.trainer.max_epochs}; type "
-            f"'scheduler.milestones=[{run.trainer.max_epochs // 2}]'"
-        ),
-    ),
-    Rule(
-        lambda run: _get(run.scheduler, "monitor") is not None and _has_no_validation(run),
-        lambda run: (
-            "scheduler=plateau watches the validation, which trainer.limit_val_batches=0 switches "
-            "off; type trainer.limit_val_batches=null, or use another scheduler"
-        ),
-    ),
-    Rule(
-        lambda run: _get(run.callbacks, "early_stopping") is not None and _has_no_validation(run),
-        lambda run: (
-            "callbacks.early_stopping watches the validation, which trainer.limit_val_batches=0 "
-            "switches off; type trainer.limit_val_batches=null, or use callbacks=default"
-        ),
-    ),
-    Rule(
-        lambda run: bool(_late_starts(run)),
-        lambda run: (
-            f"accumulate.starts has {_late_starts(run)}, which the run never reaches "
-            f"(trainer.max_{run.accumulate.by.value}s="
-            f"{_get(run.trainer, f'max_{run.accumulate.by.value}s')}); leave them out"
-        ),
-    ),
-    Rule(_never_averages, _never_averages_message),
-    Rule(
-        lambda run: (
-            isinstance(_get(run.averaging, "start"), float) and run.trainer.max_epochs is None
-        ),
-        lambda run: (
-            f"averaging.start={run.averaging.start} is a share of trainer.max_epochs, which is "
-            "null; type averaging.start=null averaging.start_step=1000"
-        ),
-    ),
-    Rule(
-        lambda run: (
-            _get(run.averaging, "horizon") is not None
-            and run.averaging.decay is None
-            and run.averaging.half_life_steps is None
-            and _has_no_length(run)
-        ),
-        lambda run: (
-            "averaging.horizon is a share of the run's optimizer steps, which neither "
-            "trainer.max_epochs nor trainer.max_steps bounds; type averaging.decay=0.999"
-        ),
-    ),
-    Rule(
-        lambda run: _get(run.averaging, "validate") == "both" and _has_no_validation(run),
-        lambda run: (
-            "averaging.validate=both needs the validation, which trainer.limit_val_batches=0 "
-            "switches off; type averaging.validate=averaged"
-        ),
-    ),
-    Rule(
-        lambda run: run.precision.mode == "16-mixed" and run.trainer.accelerator == "cpu",
-        lambda run: (
-            "precision=fp16 needs a GPU: trainer.accelerator=cpu has no scaled float16; "
-            "use precision=bf16"
-        ),
-    ),
-    Rule(
-        lambda run: 0 < _num_hops(run)[0] != _num_hops(run)[1],
-        lambda run: (
-            f"model=graphsage has {_num_hops(run)[0]} layers, and the data serves "
-            f"{_num_hops(run)[1]} hops to neighbours; type data=graph "
-            f"'data.fanouts={[10] * _num_hops(run)[0]}'"
-        ),
-    ),
-    Rule(
-        lambda run: 0 == _num_hops(run)[0] < _num_hops(run)[1],
-        lambda run: (
-            f"data.fanouts={run.data.fanouts} adds neighbours to each node, which only "
-            "model=graphsage takes; choose it, or type 'data.fanouts=[]'"
-        ),
-    ),
-    Rule(
-        lambda run: _are_ours(run) and run.model.in_features != _get(run.data, "num_features"),
-        lambda run: (
-            f"model.in_features must be the data's {_get(run.data, 'num_features')}, got "
-            f"{run.model.in_features}; leave it out"
-        ),
-    ),
-    Rule(
-        lambda run: _are_ours(run) and run.model.num_classes < _get(run.data, "num_classes"),
-        lambda run: (
-            f"model.num_classes must be at least the data's {_get(run.data, 'num_classes')}, got "
-            f"{run.model.num_classes}; leave it out"
-        ),
-    ),
-    Rule(
-        lambda run: _unknown_metric(run) is not None,
-        lambda run: "{} must be one of {}, which the model logs, got {}; type {}=val_loss".format(
-            *_unknown_metric(run) or ()
-        ),
-    ),
-    Rule(
-        lambda run: run.precision.matmul == "high" and run.trainer.accelerator == "cpu",
-        lambda run: (
-            "precision=tf32 needs a GPU: trainer.accelerator=cpu has no TF32; use precision=fp32"
-        ),
-    ),
-    Rule(
-        lambda run: run.precision.mode == FP8 and run.trainer.accelerator == "cpu",
-        lambda run: (
-            "precision=fp8 needs a GPU: trainer.accelerator=cpu has no float8; use precision=bf16"
-        ),
-    ),
-    Rule(
-        lambda run: run.precision.mode == FP8 and run.memory is not None,
-        lambda run: (
-            "memory=checkpointing runs blocks a second time outside the float8 arithmetic of "
-            "precision=fp8; use precision=bf16, or memory=none"
-        ),
-    ),
-    Rule(
-        lambda run: (
-            _get(run.compile, "mode") == "reduce_overhead" and run.trainer.accelerator == "cpu"
-        ),
-        lambda run: (
-            "compile=reduce_overhead needs a GPU: trainer.accelerator=cpu has no CUDA graphs; use "
-            "compile=default"
-        ),
-    ),
-    Rule(
-        lambda run: run.trainer.sync_batchnorm and run.trainer.accelerator == "cpu",
-        lambda run: (
-            "trainer.sync_batchnorm needs GPUs: trainer.accelerator=cpu has no synchronized "
-            "BatchNorm; type trainer.sync_batchnorm=false"
-        ),
-    ),
-    Rule(
-        lambda run: run.trainer.sync_batchnorm and _is(run.strategy, SINGLE),
-        lambda run: (
-            "trainer.sync_batchnorm has no effect with strategy=single; type strategy=ddp, or "
-            "trainer.sync_batchnorm=false"
-        ),
-    ),
-    Rule(
-        lambda run: _is(run.strategy, SINGLE) and _num_processes(run) > 1,
-        lambda run: (
-            f"trainer.devices={run.trainer.devices} and trainer.num_nodes={run.trainer.num_nodes} "
-            "need a strategy of several processes; type strategy=ddp"
-        ),
-    ),
-    Rule(
-        _splits_unevenly,
-        lambda run: (
-            f"strategy.tensor_parallel_size={run.strategy.tensor_parallel_size} must divide the "
-            f"{_num_processes(run)} processes; type trainer.devices="
-            f"{run.strategy.tensor_parallel_size}"
-        ),
-    ),
-    Rule(
-        _replicates_unevenly,
-        lambda run: (
-            f"strategy.num_replicas={run.strategy.num_replicas} must divide the number of data "
-            f"parallel processes, {_data_parallel_size(run)}; type strategy.num_replicas="
-            f"{math.gcd(run.strategy.num_replicas, _data_parallel_size(run) or 1)}"
-        ),
-    ),
-)
-
-
-def _milestones(run: "Train") -> list[int]:
-    return list(_get(run.scheduler, "milestones") or [])
+}

@@ -156,10 +156,10 @@ def run_name(value: Any) -> str:
     return str(value)
 
 
-def require(holds: bool, key: str, rule: str, value: object, instead: str) -> None:
-    """Raise ValueError unless `holds`: "`key` must `rule`, got `value`; `instead`"."""
+def require(holds: bool, text: str) -> None:
+    """Raise ValueError unless `holds`; its text is "KEY must RULE, got VALUE; what to type"."""
     if not holds:
-        raise ValueError(f"{key} must {rule}, got {value}; {instead}")
+        raise ValueError(text)
 
 
 EXTRAS = {"transformer_engine": "fp8"}

@@ -1,7 +1,7 @@
 """The root of a run: one slot per group."""
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
@@ -20,27 +20,14 @@ if TYPE_CHECKING:
 else:  # a slot that OmegaConf knows a type of would take no other schema
     Launch = Optuna = Precision = Trainer = Tuner = Any
 
+Resume = StrEnum("Resume", "auto never")
+"""What to do where the run's folder already holds a run of this name."""
 
-class Resume(str, Enum):
-    """What to do where the run's folder already holds a run of this name."""
+Weights = StrEnum("Weights", "best last none")
+"""Which checkpoint to test."""
 
-    auto = "auto"
-    never = "never"
-
-
-class Weights(str, Enum):
-    """Which checkpoint to test."""
-
-    best = "best"
-    last = "last"
-    none = "none"
-
-
-class Direction(str, Enum):
-    """Which values of the objective are better."""
-
-    minimize = "minimize"
-    maximize = "maximize"
+Direction = StrEnum("Direction", "minimize maximize")
+"""Which values of the objective are better."""
 
 
 @dataclass(kw_only=True)
@@ -87,27 +74,18 @@ class Train:
     def __post_init__(self) -> None:
         require(
             self.fit or self.tuner is not None,
-            "fit",
-            "be true where tuner is off",
-            self.fit,
-            "use tuner=full",
+            f"fit must be true where tuner is off, got {self.fit}; use tuner=full",
         )
         require(
             self.fit or self.objective is None,
-            "fit",
-            f"be true with objective={self.objective}",
-            self.fit,
-            "type objective=null",
+            f"fit must be true with objective={self.objective}, got {self.fit}; type "
+            "objective=null",
         )
         check_combinations(self)
 
 
-class Stage(str, Enum):
-    """What to do with the trained model."""
-
-    test = "test"
-    validate = "validate"
-    predict = "predict"
+Stage = StrEnum("Stage", "test validate predict")
+"""What to do with the trained model."""
 
 
 @dataclass(kw_only=True)
@@ -127,10 +105,8 @@ class Evaluate:
     def __post_init__(self) -> None:
         require(
             self.tuner is None or (self.tuner.batch_size is not None and self.tuner.lr is None),
-            "tuner",
-            "be batch_size or none",
-            "a finder of the learning rate",
-            "use tuner=batch_size",
+            "tuner must be batch_size or none, got a finder of the learning rate; use "
+            "tuner=batch_size",
         )
 
 

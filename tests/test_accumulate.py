@@ -37,7 +37,7 @@ from app.parallel.sizes import accumulation_factor
 from app.record.loggers import MetricsCsv, read_metrics
 from app.run.build import build
 from app.run.checkpoint import CheckpointFiles
-from app.run.hooks import DataHooks, around_training
+from app.run.hooks import DataHooks
 from app.run.metrics import StepMetrics
 from app.run.resume import ExactResume
 from app.run.trainer import Trainer
@@ -430,7 +430,7 @@ class Validated(Net):
 
 def attach(resume: ExactResume, model: pl.LightningModule) -> None:
     hooks = DataHooks(model, pl.LightningDataModule())
-    hooks.around_loaders(around_training(resume.resumable))
+    hooks.around_training(resume.resumable)
 
 
 def continued(

@@ -1,6 +1,6 @@
 """The user's model and data, whose methods a run stands in for: in which order, and given back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,15 @@ from torchmetrics import MeanMetric
 from app.fit import built, train
 from app.record.folder import RunFolder
 from app.run.build import build
-from app.run.hooks import HOOKS, DataHooks, around_training
+from app.run.hooks import HOOKS, DataHooks
+from app.run.resume import ExactResume
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_is_left() -> Iterator[None]:
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def rows(num: int = 8) -> DataLoader[Any]:
@@ -125,12 +133,15 @@ PAIRS = [("Plain", "Data"), ("OwnLoaders", "Data"), ("OwnLog", "Data"), ("OwnCon
          ("Plain", "from_datasets"), ("OwnLoaders", "Slow"), ("OwnLog", "Assigned")]  # fmt: skip
 
 
+MORE = (["sharing=mmap"], ["strategy=ddp", "trainer.devices=1"], ["optimizer=adamw"])
+CASES = [*((*pair, []) for pair in PAIRS), *((*pair, more) for pair in PAIRS[1:3] for more in MORE)]
+
+
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
 @pytest.mark.filterwarnings("ignore:It is recommended to use")
-@pytest.mark.parametrize(("model", "data"), PAIRS, ids=map("-".join, PAIRS))
-@pytest.mark.parametrize("more", [[], ["sharing=mmap"], ["strategy=ddp", "trainer.devices=1"],
-                                  ["compile=none", "optimizer=adamw", "scheduler=cosine"]],
-                         ids=["plain", "shared", "ddp", "optimizer"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "data", "more"), CASES, ids=[" ".join([m, d, *more]) for m, d, more in CASES]
+)
 def test_the_users_objects_are_as_they_were_after_a_run(
     checked: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     model: str, data: str, more: list[str],
@@ -158,20 +169,35 @@ def test_the_users_objects_are_as_they_were_after_a_run(
 
 
 def test_layers_lie_around_the_loaders_in_a_stated_order() -> None:
-    told: list[str] = []
-
-    def layer(name: str) -> Callable[[Any], Any]:
-        return lambda loaders: told.append(name) or loaders
-
+    told: list[Any] = []
     model, data = Plain(), Data()
     data.setup()
     hooks = DataHooks(model, data)
-    hooks.around_loaders(around_training(layer("first")))
-    hooks.around_loaders(around_training(layer("second")))
+    hooks.around_loaders(lambda name, made: told.append(name) or made)
+    hooks.around_training(lambda made: told.append("training") or made)
     assert data.train_dataloader() is data.loader
-    assert told == ["first", "second"]
+    assert data.val_dataloader() is data.loader
+    assert told == ["train_dataloader", "training", "val_dataloader"]
     hooks.release()
     assert not vars(data).keys() & {*HOOKS}
+
+
+class Reused(Data):
+    """Validates on what it trains on, by calling its own method."""
+
+    def val_dataloader(self) -> Any:
+        return self.train_dataloader()
+
+
+def test_a_loader_that_calls_another_gets_the_users_own(checked: Callable[..., Any]) -> None:
+    config = checked("model=custom", "model._target_=test_hooks.Plain", "data=custom",
+                     "data._target_=test_hooks.Reused", "optimizer=none", *SMALL[1:-2],
+                     "trainer.accelerator=cpu")  # fmt: skip
+    run = build(config, [])
+    run.trainer.fit(run.model, datamodule=run.data)
+    resume = next(c for c in run.trainer.callbacks if isinstance(c, ExactResume))
+    assert run.trainer.train_dataloader in resume._loaders
+    assert run.trainer.val_dataloaders is run.data.loader
 
 
 def test_a_run_splits_then_orders_then_makes_resumable(checked: Callable[..., Any]) -> None:

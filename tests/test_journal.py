@@ -303,7 +303,7 @@ def test_tables_show_what_tells_the_jobs_apart() -> None:
         ),
     ]
     assert labels(jobs) == {0: "seed=1", 1: "seed=2"}
-    assert labels(jobs[:1]) == {0: "seed=1 b=1"}
+    assert labels(jobs[:1]) == {0: "seed=1 clip=norm"}
     assert table(jobs).splitlines() == [
         "job  state     attempt  device  seconds  overrides",
         "0    finished  1                1.2      seed=1",

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import wait_until
-from omegaconf import DictConfig
 
 from app.config import what_decides
 from app.errors import RankFailed, Refused
@@ -227,10 +226,10 @@ def test_processes_of_torchrun_and_srun_are_known(
 
 
 def test_the_devices_of_a_run_are_counted_and_several_machines_need_a_launcher(
-    composed: Callable[..., DictConfig],
+    checked: Callable[..., Any],
 ) -> None:
-    assert placed(composed()).trainer.devices == 1
-    assert placed(composed("strategy=ddp", "trainer.accelerator=cpu")).trainer.devices == 1
-    assert placed(composed("strategy=ddp", "trainer.devices=3")).trainer.devices == 3
+    assert placed(checked()).trainer.devices == 1
+    assert placed(checked("strategy=ddp", "trainer.accelerator=cpu")).trainer.devices == 1
+    assert placed(checked("strategy=ddp", "trainer.devices=3")).trainer.devices == 3
     with pytest.raises(Refused, match=r"trainer\.num_nodes=2 needs torchrun or srun"):
-        placed(composed("strategy=ddp", "trainer.num_nodes=2"))
+        placed(checked("strategy=ddp", "trainer.num_nodes=2"))

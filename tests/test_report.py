@@ -28,10 +28,10 @@ from app.record.folder import RunFolder
 from app.report import __main__ as report_command
 from app.report.configurations import columns, configurations
 from app.report.curves import averaged, read_curves
-from app.report.numbers import Digits, duration, shortened
-from app.report.reading import Run, read_runs
+from app.report.markup import element
+from app.report.numbers import Decimals, duration, estimate, shortened, t_quantile
+from app.report.reading import StoredRun, read_runs
 from app.report.rerun import command, quoted
-from app.report.statistics import estimate, t_quantile
 from app.report.summary import Report, summarize
 from app.report.tables import error_line, escaped, markdown, terminal
 from app.slurm.states import KILLED, Signs, true_state
@@ -117,7 +117,7 @@ def summary(
     return summarize(top, read_runs(top), metric=metric, mode=mode, baseline=baseline)
 
 
-def one_run(top: Path) -> Run:
+def one_run(top: Path) -> StoredRun:
     (found,) = read_runs(top).runs
     return found
 
@@ -162,11 +162,11 @@ def test_an_interval_needs_two_finite_values() -> None:
 
 
 def test_a_column_has_the_decimals_that_its_intervals_deserve() -> None:
-    digits = Digits([estimate([0.9512, 0.9534, 0.9478]), estimate([0.9, 0.91, 0.92])])
+    digits = Decimals([estimate([0.9512, 0.9534, 0.9478]), estimate([0.9, 0.91, 0.92])])
     assert digits.of(0.95) == "0.950"
     assert digits.of(None) == "-"
-    assert Digits([estimate([12.0])]).of(12.0) == "12.00"
-    assert Digits([estimate([3e-7])]).of(3e-7, sign=True) == "+3.000e-07"
+    assert Decimals([estimate([12.0])]).of(12.0) == "12.00"
+    assert Decimals([estimate([3e-7])], sign="+").of(3e-7) == "+3.000e-07"
     assert [duration(s) for s in (0.333, 45, 600, 9000)] == ["0.33 s", "45 s", "10.0 min", "2.5 h"]
 
 
@@ -532,6 +532,15 @@ def test_everything_that_is_not_ours_is_escaped(tmp_path: Path) -> None:
     table = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(table) == 4
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+
+
+def test_a_text_that_comes_into_an_element_is_escaped_and_markup_is_not() -> None:
+    inner = element("b", HOSTILE, title='"x"')
+    assert inner == f'<b title="&quot;x&quot;">{html.escape(HOSTILE)}</b>'
+    assert (
+        element("td", inner, 1.5, data_v="<", class_=None) == f'<td data-v="&lt;">{inner}1.5</td>'
+    )
+    assert element("td", inner + "<i>") == f"<td>{html.escape(inner + '<i>')}</td>"  # no Markup
 
 
 def test_an_escape_sequence_does_not_reach_the_terminal(tmp_path: Path) -> None:

@@ -1,15 +1,14 @@
 """Each rule between groups, and the failure it prevents: what the run would have come to."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import pytest
 from conftest import SMALL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import OmegaConf
 
-from app.config import check
+from app.config import check, of_a_run
 from app.errors import Refused
 from app.run.build import Run, build
 
@@ -79,6 +78,13 @@ FAILURES = [
 ]  # fmt: skip
 
 
+def small(typed: tuple[str, ...]) -> tuple[str, ...]:
+    """What makes a run small, without keys that it does not have."""
+    if THEIRS[0] in typed:
+        return SMALL[1:-2] + SMALL[-1:]
+    return SMALL[1:] if "model=graphsage" in typed else SMALL
+
+
 @pytest.mark.parametrize(
     ("typed", "fails", "came_to"), FAILURES, ids=[" ".join(typed[:2]) for typed, *_ in FAILURES]
 )
@@ -88,28 +94,55 @@ def test_a_rule_prevents_a_failure(
     fails: Any,
     came_to: Callable[[Run], bool] | None,
 ) -> None:
-    small = SMALL if THEIRS[0] not in typed else SMALL[1:-2] + SMALL[-1:]
-    if "model=graphsage" in typed:
-        small = SMALL[1:]  # without model.channels
-    cfg = composed(*small, *typed)
+    cfg = composed(*small(typed), *typed)
     with pytest.raises(Refused):
         check(cfg)
-    config: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     with fails:
-        run = build(config, [])
+        run = build(of_a_run(cfg), [])
         run.trainer.fit(run.model, datamodule=run.data)
     assert came_to is None or came_to(run)
 
 
 WITHOUT_THE_HARDWARE = (
-    "trainer.devices=", "strategy.tensor_parallel_size=", "precision=tf32", "precision=fp8",
-    "memory=checkpointing", "compile=reduce_overhead", "trainer.sync_batchnorm needs",
-    "trainer.sync_batchnorm has",
+    "trainer.devices=", "strategy.tensor_parallel_size=", "strategy.num_replicas=",
+    "precision=tf32", "precision=fp8", "memory=checkpointing", "compile=reduce_overhead",
+    "trainer.sync_batchnorm needs", "trainer.sync_batchnorm has",
 )  # fmt: skip
 """How the rules begin whose failure needs a GPU, or several processes, to be seen."""
 
 
-def test_every_rule_is_here() -> None:
-    from app.conf.combinations import RULES
+def test_every_rule_is_here(composed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from app.conf.combinations import RULES, Seen
 
-    assert len(FAILURES) + len(WITHOUT_THE_HARDWARE) == len(RULES)
+    broken: set[str] = set()
+
+    def note(run: Any) -> None:
+        broken.add(next(text for text, is_broken in RULES.items() if is_broken(Seen(run))))
+
+    monkeypatch.setattr("app.conf.schema.check_combinations", note)
+    for typed, *_ in FAILURES:
+        check(composed(*small(typed), *typed))
+    left = {text: [b for b in WITHOUT_THE_HARDWARE if text.startswith(b)] for text in RULES}
+    assert {text for text, begins in left.items() if not begins} == broken
+    assert sorted(begins for found in left.values() for begins in found) == sorted(
+        WITHOUT_THE_HARDWARE
+    )
+
+
+FREE_FORM = {
+    "accumulate": {"_target_": "theirs.Accumulation", "by": "epoch", "starts": [0, 90]},
+    "accumulate ": {"_target_": "theirs.Accumulation", "micro_batch_size": 8},
+    "strategy": {"_target_": "app.parallel.sharded.Sharded"},
+    "strategy ": {"_target_": "theirs.Strategy", "num_replicas": 2},
+}
+
+
+@pytest.mark.parametrize("name", FREE_FORM)
+def test_a_group_of_the_users_own_is_read_as_far_as_it_goes(
+    composed: Callable[..., Any], name: str
+) -> None:
+    """Without a schema a group has the keys that are typed, and no others: no rule may need one."""
+    cfg = composed(*SMALL)
+    cfg[name.strip()] = FREE_FORM[name]
+    with suppress(Refused):
+        assert check(cfg).plain[name.strip()] == FREE_FORM[name]

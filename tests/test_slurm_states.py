@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from app.process import files
+from app.record import folder
 from app.record.folder import RunFolder
 from app.record.states import SLURM_JOB, State
 from app.report.reading import read_runs
-from app.run import folder
 from app.slurm import states as slurm_states
 from app.slurm.states import GONE, UNKNOWN, Signs, true_state
 from app.sweep.folder import SweepFolder

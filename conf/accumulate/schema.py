@@ -17,7 +17,7 @@ varying count.
 """
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from omegaconf import MISSING
 
@@ -28,12 +28,8 @@ SCHEDULE = "type for example 'accumulate.starts=[0,4]' 'accumulate.factors=[1,8]
 MOST = 1_000_000
 """Micro-batches of a step."""
 
-
-class By(str, Enum):
-    """What the starts of a schedule count."""
-
-    epoch = "epoch"
-    step = "step"
+By = StrEnum("By", "epoch step")
+"""What the starts of a schedule count."""
 
 
 @dataclass(kw_only=True)
@@ -62,20 +58,14 @@ class ScheduledAccumulation:
     """Key or attribute of the batch with its count (a number, or a tensor that is summed)."""
 
     def __post_init__(self) -> None:
-        starts = list(self.starts)
         require(
-            starts[:1] == [0] and starts == sorted(set(starts)),
-            "accumulate.starts",
-            "rise from 0",
-            starts,
-            SCHEDULE,
+            self.starts[:1] == [0] and self.starts == sorted(set(self.starts)),
+            f"accumulate.starts must rise from 0, got {self.starts}; {SCHEDULE}",
         )
         require(
-            len(self.factors) == len(starts),
-            "accumulate.factors",
-            f"hold one factor for each of the {len(starts)} starts",
-            list(self.factors),
-            SCHEDULE,
+            len(self.factors) == len(self.starts),
+            f"accumulate.factors must hold one factor for each of the {len(self.starts)} starts, "
+            f"got {self.factors}; {SCHEDULE}",
         )
 
 
@@ -93,11 +83,11 @@ class EffectiveBatch:
     """Key or attribute of the batch with its count (a number, or a tensor that is summed)."""
 
     def __post_init__(self) -> None:
-        if self.micro_batch_size is None:
-            raise ValueError(
-                "accumulate.micro_batch_size must be given where neither data.batch_size nor "
-                "model.batch_size tells it; type accumulate.micro_batch_size=32"
-            )
+        require(
+            self.micro_batch_size is not None,
+            "accumulate.micro_batch_size must be given where neither data.batch_size nor "
+            "model.batch_size tells it; type accumulate.micro_batch_size=32",
+        )
 
 
 PRESETS = {

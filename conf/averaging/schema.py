@@ -19,7 +19,7 @@ Write `averaging.NAME=null` to take a bound away. A rule of your own: subclass o
 """
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from omegaconf import MISSING
@@ -29,20 +29,11 @@ from ..rules import LARGEST_RATE, MANY, count, number, require
 NO_START = "for no bound type {key}=null"
 OFF = "to switch averaging off use averaging=none"
 
+Validate = StrEnum("Validate", "averaged raw both")
+"""Whose metrics the validation measures."""
 
-class Validate(str, Enum):
-    """Whose metrics the validation measures."""
-
-    averaged = "averaged"
-    raw = "raw"
-    both = "both"
-
-
-class Anneal(str, Enum):
-    """The way from one learning rate to another."""
-
-    cos = "cos"
-    linear = "linear"
+Anneal = StrEnum("Anneal", "cos linear")
+"""The way from one learning rate to another."""
 
 
 @dataclass(kw_only=True)
@@ -107,12 +98,10 @@ class Ema(FromEpoch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
-            "decay",
-            self.decay,
+        require(
             self.decay is None or self.half_life_steps is None,
-            "be null where averaging.half_life_steps is given",
-            "type one of averaging.decay=null and averaging.half_life_steps=null",
+            "averaging.decay must be null where averaging.half_life_steps is given, got "
+            f"{self.decay}; type one of averaging.decay=null and averaging.half_life_steps=null",
         )
 
 
@@ -145,42 +134,31 @@ class Swa(Averaging):
 
     def __post_init__(self) -> None:
         _require_one_start("start", self.start, self.start_step)
-        share = isinstance(self.start, float)
-        _require(
-            "start",
-            self.start,
-            self.start is None or 0 <= self.start < (1 if share else MANY),
-            "be epochs >= 0 (2) or a share from 0.0 to below 1.0 (0.5)",
-            OFF,
+        end = 1 if isinstance(self.start, float) else MANY
+        require(
+            self.start is None or 0 <= self.start < end,
+            "averaging.start must be epochs >= 0 (2) or a share from 0.0 to below 1.0 (0.5), got "
+            f"{self.start}; {OFF}",
         )
-        for rate in self.lr if isinstance(self.lr, list) else [self.lr]:
-            _require(
-                "lr",
-                self.lr,
-                rate is None or isinstance(rate, int | float),
-                "be > 0, or a list of such numbers",
-                "to leave the schedule alone type averaging.lr=null",
-            )
-        _require(
-            "anneal_epochs",
-            self.anneal_epochs,
+        rates = self.lr if isinstance(self.lr, list) else [self.lr]
+        require(
+            all(rate is None or isinstance(rate, int | float) for rate in rates),
+            f"averaging.lr must be > 0, or a list of such numbers, got {self.lr}; to leave the "
+            "schedule alone type averaging.lr=null",
+        )
+        require(
             (self.anneal_epochs is None) != (self.anneal_steps is None),
-            "be null where averaging.anneal_steps is given, and given where that is null",
-            "to jump to averaging.lr type averaging.anneal_epochs=0 averaging.anneal_steps=null",
+            "averaging.anneal_epochs must be null where averaging.anneal_steps is given, and given "
+            f"where that is null, got {self.anneal_epochs}; to jump to averaging.lr type "
+            "averaging.anneal_epochs=0 averaging.anneal_steps=null",
         )
-
-
-def _require(key: str, value: object, holds: bool, rule: str, instead: str) -> None:
-    require(holds, f"averaging.{key}", rule, value, instead)
 
 
 def _require_one_start(key: str, start: float | None, start_step: int | None) -> None:
-    _require(
-        key,
-        start,
+    require(
         start is None or start_step is None,
-        "be null where averaging.start_step is given",
-        f"type one of averaging.{key}=null and averaging.start_step=null",
+        f"averaging.{key} must be null where averaging.start_step is given, got {start}; type one "
+        f"of averaging.{key}=null and averaging.start_step=null",
     )
 
 

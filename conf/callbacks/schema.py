@@ -9,7 +9,7 @@ Add one with +callbacks.mine._target_=theirs.Callback.
 """
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import ClassVar
 
 from omegaconf import MISSING
@@ -18,12 +18,8 @@ from ..rules import MANY, TEN_YEARS_MIN, count, folder, number, text
 
 AT_THE_ENDS = "for the epochs' ends only type {key}=null"
 
-
-class Mode(str, Enum):
-    """Whether a metric is better when smaller or larger."""
-
-    min = "min"
-    max = "max"
+Mode = StrEnum("Mode", "min max")
+"""Whether a metric is better when smaller or larger."""
 
 
 @dataclass(kw_only=True)

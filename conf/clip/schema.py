@@ -21,7 +21,7 @@ A rule of your own: a class with one method, `measure` of `app.clip.Clip`, and a
 """
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from math import inf
 
 from omegaconf import MISSING
@@ -30,13 +30,8 @@ from ..rules import MANY, number
 
 OFF = "to switch clipping off use clip=none"
 
-
-class NonFinite(str, Enum):
-    """What to do with a step whose gradient norm is NaN or Inf."""
-
-    skip = "skip"
-    error = "error"
-    clip = "clip"
+NonFinite = StrEnum("NonFinite", "skip error clip")
+"""What to do with a step whose gradient norm is NaN or Inf."""
 
 
 @dataclass(kw_only=True)

@@ -13,18 +13,12 @@ models of many small operations; the models here are no faster on a CPU.
 """
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from omegaconf import MISSING
 
-
-class Mode(str, Enum):
-    """Those of torch.compile."""
-
-    default = "default"
-    reduce_overhead = "reduce_overhead"
-    max_autotune = "max_autotune"
-    max_autotune_no_cudagraphs = "max_autotune_no_cudagraphs"
+Mode = StrEnum("Mode", "default reduce_overhead max_autotune max_autotune_no_cudagraphs")
+"""Those of torch.compile."""
 
 
 @dataclass(kw_only=True)

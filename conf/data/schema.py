@@ -91,28 +91,21 @@ class Graph(InMemoryData):
     def __post_init__(self) -> None:
         require(
             self.num_nodes % self.num_classes == 0,
-            "data.num_nodes",
-            f"be a multiple of data.num_classes={self.num_classes}",
-            self.num_nodes,
-            f"type data.num_nodes={5000 * self.num_classes}",
+            f"data.num_nodes must be a multiple of data.num_classes={self.num_classes}, got "
+            f"{self.num_nodes}; type data.num_nodes={5000 * self.num_classes}",
         )
-        num_train, num_val = (
-            int(share * self.num_nodes) for share in (self.train_share, self.val_share)
-        )
+        num_train = int(self.train_share * self.num_nodes)
+        num_val = int(self.val_share * self.num_nodes)
         require(
             min(num_train, num_val, self.num_nodes - num_train - num_val) >= 1,
-            "data.train_share and data.val_share",
-            f"leave each part one of the {self.num_nodes} nodes",
-            f"{self.train_share} and {self.val_share}",
-            "type data.train_share=0.3 data.val_share=0.1",
+            "data.train_share and data.val_share must leave each part one of the "
+            f"{self.num_nodes} nodes, got {self.train_share} and {self.val_share}; type "
+            "data.train_share=0.3 data.val_share=0.1",
         )
-        neighbours = prod(self.fanouts)
         require(
-            neighbours <= MOST_NEIGHBOURS,
-            "data.fanouts",
-            f"multiply to at most {MOST_NEIGHBOURS} neighbours of a node",
-            self.fanouts,
-            "type 'data.fanouts=[10,10]'",
+            prod(self.fanouts) <= MOST_NEIGHBOURS,
+            f"data.fanouts must multiply to at most {MOST_NEIGHBOURS} neighbours of a node, got "
+            f"{self.fanouts}; type 'data.fanouts=[10,10]'",
         )
 
 

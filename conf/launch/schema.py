@@ -15,7 +15,7 @@ is requeued, and goes on.
 """
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any, ClassVar
 
 from omegaconf import MISSING
@@ -24,19 +24,14 @@ from ..rules import TEN_YEARS_MIN, count, number, require, text
 
 NULL = "type {key}=null"
 
-
-class StartMethod(str, Enum):
-    """How a job's process begins."""
-
-    forkserver = "forkserver"
-    spawn = "spawn"
-
+StartMethod = StrEnum("StartMethod", "forkserver spawn")
+"""How a job's process begins."""
 
 SLURM_LOOKS_EVERY_S = 30
 """How often it compares the time that jobs have run with their limits (`PERIODIC_TIMEOUT`)."""
 
-# what to do with the jobs that wait when one has failed for the last time; `continue` is a keyword
-OnFail = Enum("OnFail", {"continue": "continue", "stop": "stop"}, type=str)
+OnFail = StrEnum("OnFail", "continue stop")
+"""What becomes of the jobs that wait when one has failed for the last time."""
 
 
 @dataclass(kw_only=True)
@@ -57,12 +52,8 @@ class Local:
     """Numbers of the jobs to run; null = all that are not finished."""
 
 
-class OnInterrupt(str, Enum):
-    """What becomes of the jobs where Ctrl-C ends the command that waits for them."""
-
-    ask = "ask"
-    cancel = "cancel"
-    leave = "leave"
+OnInterrupt = StrEnum("OnInterrupt", "ask cancel leave")
+"""What becomes of the jobs where Ctrl-C ends the command that waits for them."""
 
 
 @dataclass(kw_only=True)
@@ -107,11 +98,10 @@ class Slurm:
     def __post_init__(self) -> None:
         require(
             self.signal_s < 60 * self.timeout_min - SLURM_LOOKS_EVERY_S,
-            "launch.signal_s",
-            f"be < {60 * self.timeout_min - SLURM_LOOKS_EVERY_S}, launch.timeout_min="
-            f"{self.timeout_min} in seconds less the {SLURM_LOOKS_EVERY_S} between SLURM's looks",
-            self.signal_s,
-            f"type launch.signal_s={20 * self.timeout_min}",
+            f"launch.signal_s must be < {60 * self.timeout_min - SLURM_LOOKS_EVERY_S}, "
+            f"launch.timeout_min={self.timeout_min} in seconds less the {SLURM_LOOKS_EVERY_S} "
+            f"between SLURM's looks, got {self.signal_s}; type "
+            f"launch.signal_s={20 * self.timeout_min}",
         )
 
 

@@ -26,17 +26,14 @@ class Checkpointing:
     def __post_init__(self) -> None:
         require(
             bool(self.classes) or self.min_parameters is not None,
-            "memory.classes",
-            "name the blocks where memory.min_parameters is null",
-            self.classes,
-            "type 'memory.classes=[TransformerEncoderLayer]' or memory.min_parameters=100000",
+            "memory.classes must name the blocks where memory.min_parameters is null, got "
+            f"{self.classes}; type 'memory.classes=[TransformerEncoderLayer]' or "
+            "memory.min_parameters=100000",
         )
         require(
             not self.classes or self.min_parameters is None,
-            "memory.min_parameters",
-            "be null where memory.classes names the blocks",
-            self.min_parameters,
-            "type memory.min_parameters=null",
+            "memory.min_parameters must be null where memory.classes names the blocks, got "
+            f"{self.min_parameters}; type memory.min_parameters=null",
         )
 
 

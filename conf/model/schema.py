@@ -25,14 +25,20 @@ DEEPEST = 1000
 
 
 @dataclass(kw_only=True)
-class Cnn1d:
+class Classifier:
+    """What every model has."""
+
+    in_features: int = count(at_most=1_000_000, instead="type {key}=40")
+    """Features of a sample, such as the length of a signal, >= 1; the data's."""
+    num_classes: int = count(at_most=1_000_000, instead="type {key}=10")
+    """Classes, >= 1; the data's."""
+
+
+@dataclass(kw_only=True)
+class Cnn1d(Classifier):
     """Convolutions over the signal, then a linear head."""
 
     _target_: str = "app.models.cnn1d.Cnn1d"
-    in_features: int = count(at_most=1_000_000, instead="type {key}=40")
-    """Length of the signal, >= 1; the data's."""
-    num_classes: int = count(at_most=1_000_000, instead="type {key}=10")
-    """Classes, >= 1; the data's."""
     channels: int = count(at_most=4096, instead="type {key}=25")
     """Output channels of every layer, >= 1."""
     kernel_sizes: list[int] = number(
@@ -52,58 +58,42 @@ class Cnn1d:
     def __post_init__(self) -> None:
         require(
             0 < len(self.kernel_sizes) <= DEEPEST,
-            "model.kernel_sizes",
-            "be one or more numbers >= 1",
-            self.kernel_sizes,
-            "type 'model.kernel_sizes=[5,3,3]'",
+            f"model.kernel_sizes must be one or more numbers >= 1, got {self.kernel_sizes}; type "
+            "'model.kernel_sizes=[5,3,3]'",
         )
         length = self.in_features
         for kernel_size in self.kernel_sizes:
             length = (length + 2 * self.padding - kernel_size) // self.stride + 1
             require(
                 length >= 1,
-                "model.kernel_sizes",
-                f"fit into the {self.in_features} features of the data",
-                self.kernel_sizes,
-                "use fewer layers or a smaller model.stride",
+                f"model.kernel_sizes must fit into the {self.in_features} features of the data, "
+                f"got {self.kernel_sizes}; use fewer layers or a smaller model.stride",
             )
 
 
 @dataclass(kw_only=True)
-class Mlp:
+class Mlp(Classifier):
     """Linear layers with ReLU between them."""
 
     _target_: str = "app.models.mlp.Mlp"
-    in_features: int = count(at_most=1_000_000, instead="type {key}=40")
-    """Features of a sample, >= 1; the data's."""
-    num_classes: int = count(at_most=1_000_000, instead="type {key}=10")
-    """Classes, >= 1; the data's."""
     hidden_sizes: list[int] = count(at_most=WIDEST, instead="type '{key}=[64]'")
     """Units of each hidden layer, >= 1; [] is a linear classifier."""
 
 
 @dataclass(kw_only=True)
-class GraphSage:
+class GraphSage(Classifier):
     """Layers that join a node with the mean of its neighbours, with ReLU between them."""
 
     _target_: str = "app.models.graphsage.GraphSage"
-    in_features: int = count(at_most=1_000_000, instead="type {key}=40")
-    """Features of a node, >= 1; the data's."""
-    num_classes: int = count(at_most=1_000_000, instead="type {key}=10")
-    """Classes, >= 1; the data's."""
     hidden_sizes: list[int] = count(at_most=WIDEST, instead="type '{key}=[64]'")
     """Units between the layers, >= 1; a layer more than numbers, and as many as data.fanouts."""
 
 
 @dataclass(kw_only=True)
-class Transformer:
+class Transformer(Classifier):
     """A transformer encoder over the patches of the signal."""
 
     _target_: str = "app.models.transformer.Transformer"
-    in_features: int = count(at_most=1_000_000, instead="type {key}=40")
-    """Length of the signal, >= 1; the data's."""
-    num_classes: int = count(at_most=1_000_000, instead="type {key}=10")
-    """Classes, >= 1; the data's."""
     patch_size: int = count(at_most=WIDEST, instead="type {key}=4")
     """Features in one patch, >= 1; divides in_features."""
     dim: int = count(at_most=WIDEST, instead="type {key}=4")
@@ -120,17 +110,13 @@ class Transformer:
     def __post_init__(self) -> None:
         require(
             self.in_features % self.patch_size == 0,
-            "model.patch_size",
-            f"divide the {self.in_features} features of the data",
-            self.patch_size,
-            "type model.patch_size=4",
+            f"model.patch_size must divide the {self.in_features} features of the data, got "
+            f"{self.patch_size}; type model.patch_size=4",
         )
         require(
             self.dim % self.num_heads == 0,
-            "model.num_heads",
-            f"divide model.dim={self.dim}",
-            self.num_heads,
-            "type model.num_heads=1",
+            f"model.num_heads must divide model.dim={self.dim}, got {self.num_heads}; type "
+            "model.num_heads=1",
         )
 
 

@@ -16,19 +16,14 @@ multiples of 8 (in) and 16 (out); others are left in bfloat16.
 """
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from omegaconf import MISSING
 
 from ..rules import require
 
-
-class Matmul(str, Enum):
-    """How exact a product of float32 matrices is: those of torch.set_float32_matmul_precision."""
-
-    highest = "highest"
-    high = "high"
-    medium = "medium"
+Matmul = StrEnum("Matmul", "highest high medium")
+"""How exact a product of float32 matrices is: those of torch.set_float32_matmul_precision."""
 
 
 @dataclass(kw_only=True)
@@ -41,20 +36,11 @@ class Precision:
     """highest = float32, high = TF32, medium = bfloat16 inside products of float32 matrices."""
 
     def __post_init__(self) -> None:
-        known = (
-            "32-true",
-            "bf16-mixed",
-            "16-mixed",
-            "bf16-true",
-            "transformer-engine",
-            "64-true",
-        )
+        known = "32-true, bf16-mixed, 16-mixed, bf16-true, transformer-engine, 64-true"
         require(
-            self.mode in known,
-            "precision.mode",
-            f"be one of {', '.join(known)}",
-            self.mode,
-            f"use precision={', '.join(PRESETS)}",
+            self.mode in known.split(", "),
+            f"precision.mode must be one of {known}, got {self.mode}; use "
+            f"precision={', '.join(PRESETS)}",
         )
 
 

@@ -13,7 +13,7 @@ Lengths follow from the run: optimizer steps are counted exactly, accumulation s
 """
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from omegaconf import MISSING
 
@@ -21,20 +21,11 @@ from ..rules import MANY, count, number, require, text
 
 SHARE = "be from 0 to 1"
 
+Shape = StrEnum("Shape", "cosine linear constant")
+"""The learning rate after the warm-up."""
 
-class Shape(str, Enum):
-    """The learning rate after the warm-up."""
-
-    cosine = "cosine"
-    linear = "linear"
-    constant = "constant"
-
-
-class Mode(str, Enum):
-    """Whether a metric is better when smaller or larger."""
-
-    min = "min"
-    max = "max"
+Mode = StrEnum("Mode", "min max")
+"""Whether a metric is better when smaller or larger."""
 
 
 @dataclass(kw_only=True)
@@ -52,10 +43,8 @@ class WarmupDecay:
     def __post_init__(self) -> None:
         require(
             0 <= self.warmup < (MANY if isinstance(self.warmup, int) else 1),
-            "scheduler.warmup",
-            "be steps >= 0 or a share from 0.0 to below 1.0",
-            self.warmup,
-            "for no warm-up type scheduler.warmup=0",
+            "scheduler.warmup must be steps >= 0 or a share from 0.0 to below 1.0, got "
+            f"{self.warmup}; for no warm-up type scheduler.warmup=0",
         )
 
 
@@ -83,13 +72,10 @@ class Steps:
     """Factor at each, 0 to 1."""
 
     def __post_init__(self) -> None:
-        rising = list(self.milestones) == sorted(set(self.milestones))
         require(
-            rising,
-            "scheduler.milestones",
-            "be rising epochs > 0",
-            list(self.milestones),
-            "type 'scheduler.milestones=[15,25]'",
+            self.milestones == sorted(set(self.milestones)),
+            f"scheduler.milestones must be rising epochs > 0, got {self.milestones}; type "
+            "'scheduler.milestones=[15,25]'",
         )
 
 

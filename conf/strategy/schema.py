@@ -17,18 +17,14 @@ samples and trains on its own share; each sample of an epoch is seen once.
 """
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from omegaconf import MISSING
 
 from ..rules import TEN_YEARS_MIN, count, number, require
 
-
-class StartMethod(str, Enum):
-    """How the processes of this machine begin."""
-
-    forkserver = "forkserver"
-    spawn = "spawn"
+StartMethod = StrEnum("StartMethod", "forkserver spawn")
+"""How the processes of this machine begin."""
 
 
 @dataclass(kw_only=True)
@@ -63,10 +59,8 @@ class Ddp(Processes):
     def __post_init__(self) -> None:
         require(
             not (self.find_unused_parameters and self.static_graph),
-            "strategy.static_graph",
-            "be false where unused parameters are looked for",
-            self.static_graph,
-            "use strategy=ddp",
+            "strategy.static_graph must be false where unused parameters are looked for, got "
+            f"{self.static_graph}; use strategy=ddp",
         )
 
 
@@ -102,10 +96,8 @@ class Sharded(Processes):
     def __post_init__(self) -> None:
         require(
             self.tensor_parallel_size == 1 or (len(self.colwise) > 0 and len(self.rowwise) > 0),
-            "strategy.colwise and strategy.rowwise",
-            "name layers",
-            [*self.colwise, *self.rowwise],
-            "type strategy.tensor_parallel_size=1 to split none",
+            "strategy.colwise and strategy.rowwise must name layers, got "
+            f"{[*self.colwise, *self.rowwise]}; type strategy.tensor_parallel_size=1 to split none",
         )
 
 
@@ -124,10 +116,8 @@ class DeepSpeed(Processes):
     def __post_init__(self) -> None:
         require(
             self.stage == 3 or not self.offload_parameters,
-            "strategy.offload_parameters",
-            "be false below stage 3",
-            self.offload_parameters,
-            "use strategy=deepspeed_zero3_offload",
+            "strategy.offload_parameters must be false below stage 3, got "
+            f"{self.offload_parameters}; use strategy=deepspeed_zero3_offload",
         )
 
 

@@ -10,27 +10,17 @@ the command line: `optimizer.lr=tag(log,interval(1e-3,1))`, `averaging=none,ema`
 """
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from omegaconf import MISSING
 
 from ..rules import MANY, count, number, require, require_package
 
+Sampler = StrEnum("Sampler", "tpe cmaes random")
+"""How a trial is chosen."""
 
-class Sampler(str, Enum):
-    """How a trial is chosen."""
-
-    tpe = "tpe"
-    cmaes = "cmaes"
-    random = "random"
-
-
-class Pruner(str, Enum):
-    """How a trial is ended early."""
-
-    median = "median"
-    halving = "halving"
-    none = "none"
+Pruner = StrEnum("Pruner", "median halving none")
+"""How a trial is ended early."""
 
 
 @dataclass(kw_only=True)
@@ -68,10 +58,8 @@ class Optuna:
         require_package("optuna", "sweep=optuna", "use sweep=none")
         require(
             self.pruner != Pruner.halving or self.prune_after_epochs > 0,
-            "sweep.prune_after_epochs",
-            "be > 0 with sweep.pruner=halving",
-            self.prune_after_epochs,
-            "type sweep.prune_after_epochs=1",
+            "sweep.prune_after_epochs must be > 0 with sweep.pruner=halving, got "
+            f"{self.prune_after_epochs}; type sweep.prune_after_epochs=1",
         )
 
 

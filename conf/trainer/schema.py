@@ -1,7 +1,7 @@
 """How long a run trains, where, and what it checks on the way: Lightning's Trainer."""
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from omegaconf import MISSING
 
@@ -10,15 +10,8 @@ from ..rules import MANY, TEN_YEARS_MIN, count, number, require
 MOST_DEVICES = 1024
 NO_LIMIT = "for no limit type {key}=null"
 
-
-class Accelerator(str, Enum):
-    """Where the tensors live; auto takes a GPU where there is one."""
-
-    auto = "auto"
-    cpu = "cpu"
-    gpu = "gpu"
-    mps = "mps"
-    tpu = "tpu"
+Accelerator = StrEnum("Accelerator", "auto cpu gpu mps tpu")
+"""Where the tensors live; auto takes a GPU where there is one."""
 
 
 @dataclass(kw_only=True)
@@ -69,49 +62,38 @@ class Trainer:
     def __post_init__(self) -> None:
         require(
             any(limit is not None for limit in (self.max_epochs, self.max_steps, self.max_minutes)),
-            "trainer.max_epochs, max_steps or max_minutes",
-            "be given",
-            "null for all three",
+            "trainer.max_epochs, max_steps or max_minutes must be given, got null for all three; "
             "type trainer.max_epochs=30",
         )
         require(
             self.devices == "auto"
             or (isinstance(self.devices, int) and 1 <= self.devices <= MOST_DEVICES),
-            "trainer.devices",
-            f"be >= 1, up to {MOST_DEVICES}, or auto",
-            self.devices,
+            f"trainer.devices must be >= 1, up to {MOST_DEVICES}, or auto, got {self.devices}; "
             "type trainer.devices=2 strategy=ddp",
         )
         require(
             self.limit_train_batches is None or self.limit_train_batches > 0,
-            "trainer.limit_train_batches",
-            "leave a batch to train on",
-            self.limit_train_batches,
-            "for all batches type trainer.limit_train_batches=null",
+            "trainer.limit_train_batches must leave a batch to train on, got "
+            f"{self.limit_train_batches}; for all batches type trainer.limit_train_batches=null",
         )
         for key in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
             value = getattr(self, key)
             require(
                 value is None or 0 <= value <= (MANY if isinstance(value, int) else 1),
-                f"trainer.{key}",
-                "be a count >= 0 or a share from 0.0 to 1.0",
-                value,
-                f"for all batches type trainer.{key}=null",
+                f"trainer.{key} must be a count >= 0 or a share from 0.0 to 1.0, got {value}; for "
+                f"all batches type trainer.{key}=null",
             )
         interval = self.val_check_interval
         require(
             1 <= interval <= MANY if isinstance(interval, int) else 0 < interval <= 1,
-            "trainer.val_check_interval",
-            "be a count >= 1 or a share up to 1.0",
-            interval,
-            "to validate once an epoch type trainer.val_check_interval=1.0",
+            "trainer.val_check_interval must be a count >= 1 or a share up to 1.0, got "
+            f"{interval}; to validate once an epoch type trainer.val_check_interval=1.0",
         )
         require(
             self.check_val_every_n_epoch is not None or isinstance(interval, int),
-            "trainer.val_check_interval",
-            "be a count of micro-batches where trainer.check_val_every_n_epoch is null",
-            interval,
-            "type trainer.val_check_interval=100, or trainer.check_val_every_n_epoch=1",
+            "trainer.val_check_interval must be a count of micro-batches where "
+            f"trainer.check_val_every_n_epoch is null, got {interval}; type "
+            "trainer.val_check_interval=100, or trainer.check_val_every_n_epoch=1",
         )
 
 

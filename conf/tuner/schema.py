@@ -15,51 +15,27 @@ Sources are arXiv numbers.
 """
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from omegaconf import MISSING
 
 from ..rules import LARGEST_RATE, MANY, count, folder, number, require, text
 
+BatchMode = StrEnum("BatchMode", "auto model power binsearch")
+"""How to look for the largest size."""
 
-class BatchMode(str, Enum):
-    """How to look for the largest size."""
+Goal = StrEnum("Goal", {"largest": "largest", "fastest": "fastest"})
+"""Which of the sizes that fit is the answer."""
 
-    auto = "auto"
-    model = "model"
-    power = "power"
-    binsearch = "binsearch"
+SweepMode = StrEnum("SweepMode", "exponential linear")
+"""The spacing of the learning rates."""
 
+LrRule = StrEnum("LrRule", "slope valley minimum steepest")
+"""Which learning rate of a curve is the answer."""
 
-class Goal(str, Enum):
-    """Which of the sizes that fit is the answer."""
-
-    largest = "largest"
-    fastest = "fastest"
-
-
-class SweepMode(str, Enum):
-    """The spacing of the learning rates."""
-
-    exponential = "exponential"
-    linear = "linear"
-
-
-class LrRule(str, Enum):
-    """Which learning rate of a curve is the answer."""
-
-    slope = "slope"
-    valley = "valley"
-    minimum = "minimum"
-    steepest = "steepest"
-
-
-class OnDoubt(str, Enum):
-    """What to do where the curve gives no clear answer."""
-
-    keep = "keep"
-    use = "use"
+OnDoubt = StrEnum("OnDoubt", "keep use")
+"""What to do where the curve gives no clear answer."""
 
 
 @dataclass(kw_only=True)
@@ -94,13 +70,10 @@ class BatchSize:
     """Share of the device's memory that may be used, above 0 to 1."""
 
     def __post_init__(self) -> None:
-        key = "tuner.batch_size"
         require(
             self.max_val is None or self.init_val <= self.max_val,
-            f"{key}.init_val",
-            f"be at most {key}.max_val={self.max_val}",
-            self.init_val,
-            f"type {key}.init_val=1",
+            f"tuner.batch_size.init_val must be at most tuner.batch_size.max_val={self.max_val}, "
+            f"got {self.init_val}; type tuner.batch_size.init_val=1",
         )
 
 
@@ -127,21 +100,16 @@ class LearningRate:
     """keep the configured rate, or use the suggestion, where the curve gives no clear answer."""
 
     def __post_init__(self) -> None:
-        key = "tuner.lr"
         keys = self.key if isinstance(self.key, list) else [self.key]
         require(
             all(name is None or isinstance(name, str) for name in keys),
-            f"{key}.key",
-            "be a key, or a list of keys",
-            self.key,
-            f"type {key}.key=optimizer.lr",
+            f"tuner.lr.key must be a key, or a list of keys, got {self.key}; type "
+            "tuner.lr.key=optimizer.lr",
         )
         require(
             self.highest > self.lowest,
-            f"{key}.highest",
-            f"be above {key}.lowest={self.lowest}",
-            self.highest,
-            f"type {key}.highest={self.lowest * 1e6:g}",
+            f"tuner.lr.highest must be above tuner.lr.lowest={self.lowest}, got {self.highest}; "
+            f"type tuner.lr.highest={self.lowest * 1e6:g}",
         )
 
 
@@ -157,20 +125,14 @@ class Tuner:
     """Folder of the answers of all runs; null = search in every new run."""
 
     def __post_init__(self) -> None:
-        rising = list(self.milestones) == sorted(set(self.milestones))
         require(
-            rising,
-            "tuner.milestones",
-            "be rising epochs > 0",
-            list(self.milestones),
-            "type 'tuner.milestones=[5,10]'",
+            self.milestones == sorted(set(self.milestones)),
+            f"tuner.milestones must be rising epochs > 0, got {self.milestones}; type "
+            "'tuner.milestones=[5,10]'",
         )
         require(
             not self.milestones or self.lr is not None or self.batch_size is not None,
-            "tuner.milestones",
-            "have a finder",
-            list(self.milestones),
-            "use tuner=milestones",
+            f"tuner.milestones must have a finder, got {self.milestones}; use tuner=milestones",
         )
 
 

@@ -18,42 +18,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from hydra.errors import (
-    HydraException,
-    InstantiationException,
-    MissingConfigException,
-    OverrideParseException,
-)
+from hydra import errors as of_hydra
 from omegaconf import DictConfig
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    InterpolationResolutionError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-    ValidationError,
-)
+from omegaconf import errors as of_omegaconf
 from yaml import MarkedYAMLError
 
 from app.errors import JobsFailed, RankFailed, Refused
 
-REFUSALS = (HydraException, OmegaConfBaseException, Refused)
+REFUSALS = (of_hydra.HydraException, of_omegaconf.OmegaConfBaseException, Refused)
 
 
 VERSION_BASE = "1.3"
 """Of Hydra's behaviour."""
-
-COMPLETION = """\
-# Hydra's own function completes scripts, not `python -m app.train`.
-_app_complete() {
-    local words=($COMP_LINE) word=${COMP_WORDS[COMP_CWORD]}
-    [[ ${words[1]} == -m && ${words[2]} == app.* ]] || return
-    local line="${words[2]}${COMP_LINE#*"${words[2]}"}"
-    local choices=$(COMP_LINE="$line" "${words[0]}" -m "${words[2]}" -sc query=bash 2>/dev/null)
-    COMPREPLY=($(compgen -o nospace -o default -W "$choices" -- "$word"))
-}
-COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
-complete -o nospace -o default -F _app_complete python python3"""
 
 
 def main(task: Callable[[DictConfig], Any], config_name: str, description: str) -> None:
@@ -63,24 +39,22 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
     if "--help" in arguments or "-h" in arguments:
         print(help_text(config_name, description))
         return
-    if arguments[:1] == ["-sc"] and arguments[1:] == ["install=bash"]:
-        print(COMPLETION)
+    if arguments == ["-sc", "install=bash"]:
+        print(Path(__file__).with_name("completion.bash").read_text(), end="")
         return
     if config_name in ("train", "tune"):
         sys.argv[1:] = named_after_job(arguments)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand us the exception, not a printed text
     is_sweep = bool({"-m", "--multirun"} & {*arguments}) and not ({*SHOWS} & {*arguments})
-    if config_name == "check" and is_sweep:
-        sys.argv[1:] = as_a_check(arguments)
     guarded = TaskOfCommand(task)
     told: list[str] = []
     exit_code = 0
     gc.disable()  # composing makes many objects and no garbage
     try:
         refuse_environment(os.environ)
-        hydra.main(
-            version_base=VERSION_BASE, config_path="pkg://app.conf", config_name=config_name
-        )(guarded)()
+        if config_name == "check" and is_sweep:
+            sys.argv[1:] = as_a_check(arguments)
+        hydra.main("pkg://app.conf", config_name, VERSION_BASE)(guarded)()
         if is_sweep and not guarded.has_begun:
             raise Refused(NO_JOB)
     except JobsFailed as error:
@@ -120,12 +94,10 @@ NO_JOB = "the sweep has no job: what is swept has no value; type others, or leav
 def as_a_check(arguments: list[str]) -> list[str]:
     """The words of a sweep whose jobs are looked at here, one after the other, and leave nothing.
 
-    Raises SystemExit where they are chosen by what earlier ones come to.
+    Raises Refused where they are chosen by what earlier ones come to.
     """
     if any(word.startswith("sweep=") and word != "sweep=none" for word in arguments):
-        said = "a search chooses its jobs as they end; type one of them, without -m"
-        print(f"check: {said}", file=sys.stderr)
-        sys.exit(2)
+        raise Refused("a search chooses its jobs as they end; type one of them, without -m")
     import shutil
     import tempfile
 
@@ -158,6 +130,7 @@ def make_streams_safe() -> None:
 
 MOST_RANKS = 1_000_000
 OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+LAUNCH = "start the ranks with torchrun, or type unset WORLD_SIZE RANK"
 
 
 def refuse_environment(environment: Mapping[str, str]) -> None:
@@ -173,24 +146,18 @@ def refuse_environment(environment: Mapping[str, str]) -> None:
         numbers[name] = int(text)
         if numbers[name] > MOST_RANKS:
             raise Refused(f"the environment's {name} must be <= {MOST_RANKS}, got {text}")
-    if numbers["WORLD_SIZE"] > 1 and "RANK" in environment:
-        for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            if not environment.get(name):
-                raise Refused(
-                    f"the environment says WORLD_SIZE={numbers['WORLD_SIZE']}, and no {name}; "
-                    "start the ranks with torchrun, or type unset WORLD_SIZE RANK"
-                )
-        port = environment["MASTER_PORT"]
-        if not (port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
-            raise Refused(
-                f"the environment's MASTER_PORT must be a port, got {port}; start the ranks with "
-                "torchrun, or type unset WORLD_SIZE RANK"
-            )
-        if numbers["RANK"] >= numbers["WORLD_SIZE"]:
-            raise Refused(
-                f"the environment's RANK must be below WORLD_SIZE={numbers['WORLD_SIZE']}, got "
-                f"{numbers['RANK']}; start the ranks with torchrun, or type unset WORLD_SIZE RANK"
-            )
+    rank, ranks = numbers["RANK"], numbers["WORLD_SIZE"]
+    if ranks <= 1 or "RANK" not in environment:
+        return
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not environment.get(name):
+            raise Refused(f"the environment says WORLD_SIZE={ranks}, and no {name}; {LAUNCH}")
+    port = environment["MASTER_PORT"]
+    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise Refused(f"the environment's MASTER_PORT must be a port, got {port}; {LAUNCH}")
+    if rank >= ranks:
+        rule = f"must be below WORLD_SIZE={ranks}, got {rank}"
+        raise Refused(f"the environment's RANK {rule}; {LAUNCH}")
 
 
 def named_after_job(arguments: list[str]) -> list[str]:
@@ -204,8 +171,8 @@ def named_after_job(arguments: list[str]) -> list[str]:
     if job is None or has_place or sys.stdin.isatty():
         return arguments
     digest = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:6]
-    first = next((i for i, word in enumerate(arguments) if "=" in word and word[0] != "-"), None)
-    place = len(arguments) if first is None else first  # overrides stand together
+    overrides = (i for i, word in enumerate(arguments) if "=" in word and word[0] != "-")
+    place = next(overrides, len(arguments))  # they stand together
     return [*arguments[:place], f"name=slurm-{job}-{digest}", *arguments[place:]]
 
 
@@ -247,7 +214,7 @@ OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFI
 
 def is_told_in_a_line(error: BaseException) -> bool:
     """Whether an error is of what was typed or of the machine, and a traceback would not help."""
-    if isinstance(error, InstantiationException):  # or a class of the user's raised it
+    if isinstance(error, of_hydra.InstantiationException):  # or a class of the user's raised it
         return error.__cause__ is not None and is_told_in_a_line(error.__cause__)
     if isinstance(error, OSError):
         return error.errno in OF_THE_MACHINE
@@ -256,14 +223,8 @@ def is_told_in_a_line(error: BaseException) -> bool:
 
 def _is_refused_by_lightning(error: BaseException) -> bool:
     """Whether Lightning itself says in words what it does not take."""
-    frames = traceback.extract_tb(error.__traceback__)
-    last = frames[-1] if frames else None
-    return (
-        isinstance(error, Exception)
-        and last is not None
-        and "/lightning/" in last.filename
-        and (last.line or "").startswith("raise ")
-    )
+    last = traceback.extract_tb(error.__traceback__)[-1:] if isinstance(error, Exception) else ()
+    return any("/lightning/" in f.filename and (f.line or "").startswith("raise ") for f in last)
 
 
 def explain(error: BaseException) -> str:
@@ -286,21 +247,21 @@ def _explained(error: BaseException) -> str | None:
     """What is known of an error by its kind; None where its own words are all there is."""
     if isinstance(error, Refused):
         return str(error)
-    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+    if isinstance(error, of_hydra.InstantiationException) and error.__cause__ is not None:
         return explain(error.__cause__)
-    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+    if isinstance(error, of_omegaconf.ConfigKeyError | of_omegaconf.ConfigAttributeError):
         return _unknown_key(error)
-    if isinstance(error, InterpolationResolutionError):
+    if isinstance(error, of_omegaconf.InterpolationResolutionError):
         if IN_RESOLVER in str(error):  # of which OmegaConf keeps the text only
             return str(error).partition(IN_RESOLVER)[2].splitlines()[0]
         return f"{error.full_key}: {_lower_first(error)}; type {error.full_key}=VALUE"
-    if isinstance(error, MissingMandatoryValue):
+    if isinstance(error, of_omegaconf.MissingMandatoryValue):
         return f"{error.full_key} is required; type {error.full_key}=VALUE"
-    if isinstance(error, ValidationError):
+    if isinstance(error, of_omegaconf.ValidationError):
         return f"{error.full_key}: {_lower_first(error)}"
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+    if isinstance(error, of_hydra.MissingConfigException) and error.missing_cfg_file:
         return _unknown_preset(error)
-    if isinstance(error, OverrideParseException):
+    if isinstance(error, of_hydra.OverrideParseException):
         return (
             f"{error.override} cannot be read: {_lower_first(error)}; put what Hydra's grammar "
             "would read into quotes: 'key=\"value\"'"
@@ -365,9 +326,8 @@ def _lower_first(error: BaseException) -> str:
     return line[0].lower() + line[1:]
 
 
-def _unknown_key(error: OmegaConfBaseException) -> str:
-    key = str(error.full_key)
-    parent = error.parent_node
+def _unknown_key(error: of_omegaconf.OmegaConfBaseException) -> str:
+    key, parent = str(error.full_key), error.parent_node
     prefix = key.rpartition(".")[0]
     known = [str(item) for item in parent or ()] if isinstance(parent, DictConfig) else []
     if not known and prefix in groups():
@@ -380,9 +340,8 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
     prefix, _, name = key.rpartition(".")
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     names = [f"{prefix}.{item}" if prefix else item for item in nearest or sorted(known)]
-    if nearest:
-        return f"{key} is not a key; did you mean {names[0]}?"
-    return f"{key} is not a key; known are {', '.join(names) or 'none here'}"
+    known_here = f"known are {', '.join(names) or 'none here'}"
+    return f"{key} is not a key; {f'did you mean {names[0]}?' if nearest else known_here}"
 
 
 def no_effect(key: str, group: str) -> str:
@@ -391,7 +350,7 @@ def no_effect(key: str, group: str) -> str:
     return f"{key} has no effect: {group} is off; choose {group}={'|'.join(presets)} as well"
 
 
-def _unknown_preset(error: MissingConfigException) -> str:
+def _unknown_preset(error: of_hydra.MissingConfigException) -> str:
     group, _, preset = str(error.missing_cfg_file).rpartition("/")
     presets = sorted(error.options or [])
     if not group or not presets:
@@ -428,8 +387,7 @@ def shipped_targets() -> set[str]:
 def _conf() -> Path:
     spec = find_spec("app.conf")
     assert spec is not None
-    assert spec.submodule_search_locations is not None
-    return Path(spec.submodule_search_locations[0])
+    return Path(str(spec.origin)).parent
 
 
 def groups() -> dict[str, tuple[list[str], str]]:

@@ -34,10 +34,6 @@ class DataParallel(pl.Callback):
         self._sampler: Any = None
         self._weight = 1.0
 
-    def loaders(self, name: str, make: Callable[[], Any]) -> Callable[[], Any]:
-        """What serves this rank's share in place of the method that makes the loaders."""
-        return partial(self._loaders, name, make)
-
     def log(self, model: pl.LightningModule, log: Callable[..., None]) -> Callable[..., None]:
         """What logs the mean over the ranks in place of a model's own method."""
         return partial(self._log, model, log)
@@ -68,9 +64,9 @@ class DataParallel(pl.Callback):
                 if type(buffer) is Tensor and buffer.device == trainer.strategy.root_device:
                     torch.distributed.broadcast(buffer, src=0)
 
-    def _loaders(self, name: str, make: Callable[[], Any]) -> Any:
+    def loaders(self, name: str, loaders: Any) -> Any:
+        """What serves this rank's share of what a method of this name has returned."""
         trains = name == "train_dataloader"
-        loaders = make()
         unsplit: list[Any] = []
 
         def one(loader: Any) -> Any:

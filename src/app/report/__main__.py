@@ -5,16 +5,15 @@ import difflib
 import re
 import signal
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 from app.cli import Parser
 from app.errors import Refused
 from app.process.files import why, write_atomically
-from app.report.curves import COLORS, Panel, draw, panels
-from app.report.page import Picture, finder_plots, page
-from app.report.reading import Run, read_runs
+from app.report.curves import THEMES, draw, panels
+from app.report.page import page
+from app.report.reading import read_runs
 from app.report.summary import Report, summarize
 from app.report.tables import csv_text, markdown, terminal
 from app.sweep.progress import plain
@@ -26,16 +25,12 @@ def main(arguments: Sequence[str]) -> int:
         typed = parsed(arguments)
         top = Path(typed.folder)
         out = top if typed.out is None else Path(typed.out)
-        found = read_runs(top)
         report = summarize(
-            top, found, metric=typed.metric, mode=typed.mode, baseline=typed.baseline
+            top, read_runs(top), metric=typed.metric, mode=typed.mode, baseline=typed.baseline
         )
-        told: list[str] = []
-        drawn, plots = panels(report, told), finder_plots(report.runs, told)
-        report = replace(report, notes=[*report.notes, *told])
         try:
             out.mkdir(parents=True, exist_ok=True)
-            written = write(report, drawn, plots, out)
+            written = write(report, out)
         except OSError as error:
             raise Refused(f"{out} cannot be written: {why(error)}; type --out FOLDER") from None
     except Refused as refusal:
@@ -45,39 +40,25 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def write(
-    report: Report, drawn: Sequence[Panel], plots: Mapping[bytes, Sequence[Run]], out: Path
-) -> list[Path]:
+def write(report: Report, out: Path) -> list[Path]:
     """Write report.html, report.md, report.csv and the curves into a folder."""
-    pictures = {panel.file_name: draw(panel, theme="light", has_legend=True) for panel in drawn}
-    contents: dict[str, str | bytes] = {
-        "report.html": page(report, [_picture(panel) for panel in drawn], plots),
-        "report.md": markdown(report, curves=list(pictures)),
+    drawn = panels(report)
+    files = {panel.file_name: draw(panel, theme="light", has_legend=True) for panel in drawn}
+    pictures = [
+        (panel, {theme: draw(panel, theme=theme, has_legend=False) for theme in THEMES})
+        for panel in drawn
+    ]
+    texts = {
+        "report.html": page(report, pictures),
+        "report.md": markdown(report, curves=list(files)),
         "report.csv": csv_text(report),
-        **pictures,
     }
+    # without halves of characters, which the names of folders may have
+    whole = {name: re.sub("[\ud800-\udfff]", "\ufffd", text) for name, text in texts.items()}
+    contents: dict[str, str | bytes] = {**whole, **files}
     for name, content in contents.items():
-        write_atomically(out / name, content if isinstance(content, bytes) else _whole(content))
+        write_atomically(out / name, content)
     return [out / name for name in contents]
-
-
-def _whole(text: str) -> str:
-    """A text without halves of characters, which the names of folders may have."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
-
-
-def _picture(panel: Panel) -> Picture:
-    light, dark = (draw(panel, theme=theme, has_legend=False) for theme in ("light", "dark"))
-    legend = [(color, line.words) for color, line in zip(COLORS, panel.lines, strict=False)]
-    return Picture(panel.name, light, dark, legend, _caption(panel))
-
-
-def _caption(panel: Panel) -> str:
-    words = f"{panel.name}, the mean over seeds; the band is from the lowest to the highest seed."
-    if not panel.left_out:
-        return words
-    total = len(panel.lines) + panel.left_out
-    return f"{words} The best {len(panel.lines)} of {total} rows."
 
 
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
@@ -85,8 +66,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
     Raises Refused where it is not an option.
     """
-    command_line = parser()
-    typed, unknown = command_line.parse_known_args(arguments)
+    typed, unknown = parser().parse_known_args(arguments)
     options = ["--metric", "--mode", "--baseline", "--out"]
     for word in unknown:
         name, _, value = word.lstrip("-").partition("=")
@@ -101,7 +81,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line, of which `parsed` says in other words what is unknown."""
     found = Parser(
         prog="python -m app.report",
         description="Compares the runs in a folder: one row for all seeds of a configuration, the\n"
@@ -116,23 +96,17 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("folder", metavar="DIR", help="of a run, of a sweep, or of several of them")
     found.add_argument(
-        "--metric",
-        metavar="NAME",
+        "--metric", metavar="NAME",
         help="what to compare; unless typed, what callbacks.checkpoint.monitor names, on test data",
-    )
+    )  # fmt: skip
     found.add_argument(
-        "--mode",
-        metavar="min|max",
-        help="whether lower or higher is better; unless typed, callbacks.checkpoint.mode, or by "
-        "the metric's name",
-    )
+        "--mode", metavar="min|max",
+        help="min where lower is better; unless typed, callbacks.checkpoint.mode, or by the name",
+    )  # fmt: skip
     found.add_argument(
-        "--baseline",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
+        "--baseline", metavar="KEY=VALUE", action="append", default=[],
         help="the row that others are compared with, seed by seed; type it again for more keys",
-    )
+    )  # fmt: skip
     found.add_argument("--out", metavar="DIR", help="where the files go; unless typed, into DIR")
     return found
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from app.errors import Refused
 from app.record.states import State
-from app.report.reading import Run
+from app.report.reading import StoredRun
 
 LOWER_IS_BETTER = {"loss", "error", "err", "perplexity", "ppl", "mse", "rmse", "mae", "nll", "ece",
                    "wer", "cer", "fid", "bpc", "bpd"}  # fmt: skip
@@ -23,12 +23,10 @@ class Metric:
     why_mode: str
     others: tuple[str, ...]
 
-    def better(self, first: float, second: float) -> bool:
-        """Whether the first value is better than the second."""
-        return first < second if self.lower_is_better else first > second
 
-
-def choose_metric(runs: Sequence[Run], *, name: str | None, mode: str | None) -> Metric | None:
+def choose_metric(
+    runs: Sequence[StoredRun], *, name: str | None, mode: str | None
+) -> Metric | None:
     """The metric named, else the test counterpart of the monitored one, else the monitored one.
 
     Returns None where no run has finished with a metric.
@@ -38,13 +36,15 @@ def choose_metric(runs: Sequence[Run], *, name: str | None, mode: str | None) ->
     if mode not in (None, "min", "max"):
         raise Refused(f"--mode must be min or max, got {mode}; type --mode max")
     finished = [run for run in runs if run.state == State.finished]
-    known = list(dict.fromkeys(m for run in finished for m in run.result.get("metrics") or ()))
+    known = sorted({name for run in finished for name in run.metrics})
     if not known:
         return None
     monitor, monitor_mode = _monitored(runs)
     if name is not None:
         if name not in known:
-            raise Refused(f"--metric {name} is in no finished run; choose one of {_list(known)}")
+            raise Refused(
+                f"--metric {name} is in no finished run; choose one of {', '.join(known)}"
+            )
         why = "as typed"
     else:
         name, why = _default(known, monitor)
@@ -53,9 +53,8 @@ def choose_metric(runs: Sequence[Run], *, name: str | None, mode: str | None) ->
     elif monitor is not None and stem(name) == stem(monitor):
         lower, why_mode = monitor_mode == "min", f"callbacks.checkpoint.mode={monitor_mode}"
     else:
-        lower = is_a_loss(name)
-        why_mode = "by its name"
-    others = tuple(sorted(other for other in known if other != name))
+        lower, why_mode = is_a_loss(name), "by its name"
+    others = tuple(other for other in known if other != name)
     return Metric(name=name, lower_is_better=lower, why=why, why_mode=why_mode, others=others)
 
 
@@ -69,7 +68,7 @@ def is_a_loss(name: str) -> bool:
     return not LOWER_IS_BETTER.isdisjoint(re.split(r"[^a-z]+", name.lower()))
 
 
-def _monitored(runs: Sequence[Run]) -> tuple[str | None, str | None]:
+def _monitored(runs: Sequence[StoredRun]) -> tuple[str | None, str | None]:
     """What most runs keep their best checkpoint by."""
     checkpoints = (((run.config or {}).get("callbacks") or {}).get("checkpoint") for run in runs)
     pairs = ((c.get("monitor"), c.get("mode")) for c in checkpoints if c)
@@ -85,12 +84,5 @@ def _default(known: Sequence[str], monitor: str | None) -> tuple[str, str]:
             return counterpart, f"{monitor}, which callbacks.checkpoint.monitor names, on test data"
         if monitor in known:
             return monitor, "callbacks.checkpoint.monitor names it"
-    for prefix in ("test_", "val_", ""):
-        for name in sorted(known):
-            if name.startswith(prefix):
-                return name, "the first by name: no checkpoint is kept by a metric that is here"
-    raise AssertionError("there is one")
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(sorted(names))
+    first = min(known, key=lambda m: (not m.startswith("test_"), not m.startswith("val_"), m))
+    return first, "the first by name: no checkpoint is kept by a metric that is here"

@@ -4,14 +4,14 @@ import hashlib
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
 from pathlib import Path
+from string import Template
 
 from app.process.files import read_bytes
-from app.report.configurations import text
-from app.report.page_table import badge, rows_table
-from app.report.reading import Run, tried
+from app.report.curves import COLORS, Panel
+from app.report.markup import Markup, element, joined
+from app.report.page_table import badge, rows_table, tuned
+from app.report.reading import StoredRun, tried
 from app.report.rerun import command
 from app.report.summary import Report
 from app.report.tables import answer, error_line, headlines
@@ -20,172 +20,139 @@ MOST_PLOTS = 24
 FINDERS = ("batch_size", "lr_find")
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A learning curve for both grounds.
-
-    Attributes:
-        legend: color and words of each line.
-        caption: what the lines and the bands are.
-    """
-
-    name: str
-    light: bytes
-    dark: bytes
-    legend: list[tuple[str, str]]
-    caption: str
-
-
-def page(report: Report, pictures: Sequence[Picture], plots: Mapping[bytes, Sequence[Run]]) -> str:
+def page(report: Report, pictures: Sequence[tuple[Panel, Mapping[str, bytes]]]) -> str:
     """The whole file. Every text that is not ours is escaped, and no other script can run.
 
+    What cannot be read of finders' plots is noted in the report.
+
     Args:
-        pictures: learning curves.
-        plots: of `finder_plots`.
+        pictures: learning curves, each by theme.
     """
-    style, script = (_beside(name) for name in ("page.css", "page.js"))
-    body = "\n".join(
-        [_header(report), "<main>", rows_table(report), _curves(pictures), _problems(report),
-         _under_way(report), _finders(plots), "</main>"]
-    )  # fmt: skip
-    allowed = (
-        "default-src 'none'; img-src data:; "
-        f"style-src '{_digest(style)}'; script-src '{_digest(script)}'"
+    plots = finder_plots(report)
+    style, script, frame = (
+        Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8")
+        for kind in ("css", "js", "html")
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{allowed}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Report of {escape(str(report.top))}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-<script>{script}</script>
-</body>
-</html>
-"""
+    parts = [
+        rows_table(report),
+        _section("Learning curves", _curves(pictures)),
+        _section("Runs without a result", *map(_problem, report.problems)),
+        _section("Under way", _under_way(report)),
+        _section("Finders", _finders(plots)),
+    ]
+    return Template(frame).substitute(
+        title=joined(report.top), style=style, style_digest=_digest(style), script=script,
+        script_digest=_digest(script), header=_header(report), main="\n".join(filter(None, parts)),
+    )  # fmt: skip
 
 
-def _beside(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+def _section(title: str, *content: Markup) -> Markup:
+    return joined(element("h2", title), *content) if any(content) else Markup()
 
 
 def _digest(source: str) -> str:
     return f"sha256-{b64encode(hashlib.sha256(source.encode()).digest()).decode()}"
 
 
-def _header(report: Report) -> str:
+def _header(report: Report) -> Markup:
     count = Counter(run.state for run in report.runs)
-    chips = [f"<li><b>{len(report.runs)}</b> runs</li>",
-             f"<li><b>{len(report.rows)}</b> configurations</li>"]  # fmt: skip
-    chips += [
-        f'<li class="{escape(state)}"><b>{number}</b> {escape(state)}</li>'
-        for state, number in count.most_common()
+    chips = [
+        element("li", element("b", len(report.runs)), " runs"),
+        element("li", element("b", len(report.rows)), " configurations"),
+        *(element("li", element("b", n), f" {s}", class_=s) for s, n in count.most_common()),
     ]
-    lines = "".join(f'<p class="answer">{escape(line)}</p>' for line in answer(report))
-    lines += "".join(
-        f'<p class="soft">{escape(line)}</p>' for line in [*headlines(report)[1:], *report.notes]
+    return element(
+        "header",
+        element("h1", report.top),
+        element("ul", *chips, class_="chips"),
+        *(element("p", line, class_="answer") for line in answer(report)),
+        *(element("p", line, class_="soft") for line in [*headlines(report)[1:], *report.notes]),
     )
-    return (
-        f"<header><h1>{escape(str(report.top))}</h1>"
-        f'<ul class="chips">{"".join(chips)}</ul>{lines}</header>'
-    )
 
 
-def _curves(pictures: Sequence[Picture]) -> str:
-    if not pictures:
-        return ""
-    figures = "\n".join(
-        '<figure class="card"><picture><source media="(prefers-color-scheme: dark)" '
-        f'srcset="{_data_uri(one.dark)}"><img src="{_data_uri(one.light)}" '
-        f'alt="{escape(one.name)} over optimizer steps"></picture>{_legend(one)}'
-        f"<figcaption>{escape(one.caption)}</figcaption></figure>"
-        for one in pictures
-    )
-    return f'<h2>Learning curves</h2><div class="curves">{figures}</div>'
+def _curves(pictures: Sequence[tuple[Panel, Mapping[str, bytes]]]) -> Markup:
+    figures = []
+    for panel, themes in pictures:
+        source = element(
+            "source", media="(prefers-color-scheme: dark)", srcset=_data_uri(themes["dark"])
+        )
+        image = element(
+            "img", src=_data_uri(themes["light"]), alt=f"{panel.name} over optimizer steps"
+        )
+        legend = []
+        for color, line in zip(COLORS, panel.lines, strict=False):
+            mark = element("rect", y=3, width=18, height=4, rx=2, fill=color)
+            mark = element("svg", mark, width=18, height=10, aria_hidden="true")
+            legend.append(element("li", mark, line.label))
+        picture = element("picture", source, image)
+        figures.append(_figure(picture, element("ul", *legend, class_="legend"), panel.caption))
+    return _grid(figures)
 
 
-def _legend(picture: Picture) -> str:
-    items = "".join(
-        '<li><svg width="18" height="10" aria-hidden="true">'
-        f'<rect y="3" width="18" height="4" rx="2" fill="{color}"/></svg>{escape(words)}</li>'
-        for color, words in picture.legend
-    )
-    return f'<ul class="legend">{items}</ul>'
+def _figure(*content: object) -> Markup:
+    """A picture with what belongs to it; the last is its caption."""
+    return element("figure", *content[:-1], element("figcaption", content[-1]), class_="card")
 
 
-def _problems(report: Report) -> str:
-    if not report.problems:
-        return ""
-    return "<h2>Runs without a result</h2>" + "\n".join(map(_problem, report.problems))
+def _grid(figures: Sequence[Markup]) -> Markup:
+    return element("div", *figures, class_="curves") if figures else Markup()
 
 
-def _problem(run: Run) -> str:
+def _problem(run: StoredRun) -> Markup:
     parts = [_head(run)]
     if run.error:
         line = error_line(run.error)
-        parts.append(f'<p class="error">{escape(line)}</p>')
+        parts.append(element("p", line, class_="error"))
         whole = "\n".join(filter(None, [run.error, str(run.result.get("where") or "")]))
         if whole.strip() != line:
             parts.append(
-                f"<details><summary>Whole error</summary><pre>{escape(whole)}</pre></details>"
+                element("details", element("summary", "Whole error"), element("pre", whole))
             )
     again = command(run)
     if again is not None:
-        parts.append(
-            f'<div class="command"><pre>{escape(again)}</pre>'
-            '<button type="button" class="copy">Copy</button></div>'
-        )
-    return f'<article class="card problem">{"".join(parts)}</article>'
+        button = element("button", "Copy", type="button", class_="copy")
+        parts.append(element("div", element("pre", again), button, class_="command"))
+    return element("article", *parts, class_="card problem")
 
 
-def _head(run: Run) -> str:
-    return f'<div class="head">{badge(run)}<code>{escape(str(run.folder))}</code></div>'
+def _head(run: StoredRun) -> Markup:
+    return element("div", badge(run), element("code", run.folder), class_="head")
 
 
-def _under_way(report: Report) -> str:
-    runs = [run for run in report.runs if run.state.is_under_way]
-    if not runs:
-        return ""
-    lines = [_head(run) + (f"<p>{escape(run.error)}</p>" if run.error else "") for run in runs]
-    return f'<h2>Under way</h2><article class="card problem">{"".join(lines)}</article>'
+def _under_way(report: Report) -> Markup:
+    lines = []
+    for run in report.runs:
+        if run.state.is_under_way:
+            lines += [_head(run), *([element("p", run.error)] if run.error else [])]
+    return element("article", *lines, class_="card problem") if lines else Markup()
 
 
-def finder_plots(runs: Sequence[Run], told: list[str]) -> dict[bytes, list[Run]]:
+def finder_plots(report: Report) -> dict[bytes, list[StoredRun]]:
     """Pictures of what finders saw, each with the runs that have it.
 
-    Args:
-        told: gets a line for each file that cannot be read.
+    What cannot be read is noted in the report.
     """
-    plots: dict[bytes, list[Run]] = {}
-    for run in runs:
+    plots: dict[bytes, list[StoredRun]] = {}
+    for run in report.runs:
         for name in FINDERS:
-            png = tried(told, read_bytes, run.folder / f"{name}.png")
+            png = tried(report.notes, read_bytes, run.folder / f"{name}.png")
             if png:
                 plots.setdefault(png, []).append(run)
     return plots
 
 
-def _finders(plots: Mapping[bytes, Sequence[Run]]) -> str:
-    if not plots:
-        return ""
+def _finders(plots: Mapping[bytes, Sequence[StoredRun]]) -> Markup:
     figures = []
     for png, runs in list(plots.items())[:MOST_PLOTS]:
-        folders = ", ".join(str(run.folder) for run in runs[:4])
-        more = f" and {len(runs) - 4} more" if len(runs) > 4 else ""
-        found = " ".join(f"{key}={text(item)}" for key, item in runs[0].tuned.items())
-        caption = escape(f"{folders}{more}" + (f": {found}" if found else ""))
-        figures.append(
-            f'<figure class="card"><img src="{_data_uri(png)}" alt="What the finder of '
-            f'{escape(str(runs[0].folder))} saw" loading="lazy">'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
+        caption = ", ".join(str(run.folder) for run in runs[:4])
+        caption += f" and {len(runs) - 4} more" if len(runs) > 4 else ""
+        caption += f": {tuned(runs[0])}" if runs[0].tuned else ""
+        what = f"What the finder of {runs[0].folder} saw"
+        image = element("img", src=_data_uri(png), alt=what, loading="lazy")
+        figures.append(_figure(image, caption))
     left = len(plots) - len(figures)
-    note = f'<p class="soft">{left} more are in the folders of their runs.</p>' if left else ""
-    return f'<h2>Finders</h2><div class="curves">{"".join(figures)}</div>{note}'
+    note = element("p", f"{left} more are in the folders of their runs.", class_="soft")
+    return joined(_grid(figures), note if left else "")
 
 
 def _data_uri(png: bytes) -> str:

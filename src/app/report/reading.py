@@ -12,8 +12,7 @@ from app.process.files import is_locked, read_yaml, read_yaml_list, why
 from app.record.folder import CONFIG, RunFolder, refuse_other_shape
 from app.record.states import State
 from app.slurm.states import Signs, has_searched, true_states
-from app.sweep.folder import SweepFolder
-from app.sweep.journal import NAME as JOURNAL
+from app.sweep.folder import SweepFolder, alone
 from app.sweep.journal import Job
 from app.sweep.progress import plain
 
@@ -23,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
-class Run:
+class StoredRun:
     """One run as it lies in its folder.
 
     Attributes:
@@ -31,25 +30,33 @@ class Run:
         typed: the overrides of its command; None where they cannot be read.
         tuned: what a finder of this run found, by key.
         result: content of `result.json`.
-        config_dirs: `--config-dir` of the sweep it is of.
-        config_name: `--config-name` of that sweep; None where it is of none.
+        flags: what its command needs of the sweep that it is of.
     """
 
     folder: Path
-    state: State
-    error: str | None
     config: dict[str, Any] | None
     typed: list[str] | None
     tuned: dict[str, Any]
     result: Mapping[str, Any]
     job: Job | None
-    config_dirs: list[str]
-    config_name: str | None = None
+    flags: list[str]
+    state: State = State.queued  # until all are settled
+    error: str | None = None
 
     @property
     def seed(self) -> int | None:
         """The seed; None where it is not known."""
-        return None if self.config is None else self.config.get("seed")
+        return (self.config or {}).get("seed")
+
+    @property
+    def has_tuner(self) -> bool:
+        """Whether finders of its own act before it."""
+        return (self.config or {}).get("tuner") is not None
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """What was measured last, by name."""
+        return self.result.get("metrics") or {}
 
     @property
     def seconds(self) -> float | None:
@@ -59,63 +66,61 @@ class Run:
 
 
 @dataclass
-class Found:
+class StoredRuns:
     """The runs of a folder, and what should be said about how they were read."""
 
-    runs: list[Run] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    runs: list[StoredRun]
+    notes: list[str]
 
 
-def read_runs(top: Path) -> Found:
+def read_runs(top: Path) -> StoredRuns:
     """Every run in a folder, in the order of the folders' names, `10` after `9`.
 
     Raises Refused where there is none.
     """
-    if not os.path.isdir(top):
-        what = "is a file" if os.path.lexists(top) else "does not exist"
-        raise Refused(
-            f"DIR must be the folder of a run, of a sweep or of several, got {top}, which {what}; "
-            "type python -m app.report runs/NAME or multirun/DATE/TIME"
-        )
     reader = _Reader()
-    reader.visit(top, reader.sweep_at(top.parent) if _is_run(top) else None)
-    reader.settle()
+    if not os.path.isdir(top):
+        why_not = f", which {'is a file' if os.path.lexists(top) else 'does not exist'}"
+    else:
+        why_not = (
+            ": neither it nor a folder in it holds a config.yaml, a result.json or a journal.jsonl"
+        )
+        reader.visit(top, reader.sweep_at(top.parent) if _is_run(top) else None)
     if not reader.runs and reader.notes:
         raise Refused(f"no run could be read: {'; '.join(sorted(reader.notes))}")
     if not reader.runs:
         raise Refused(
-            f"DIR must be the folder of a run, of a sweep or of several, got {top}: neither it nor "
-            f"a folder in it holds a config.yaml, a result.json or a {JOURNAL}; "
+            f"DIR must be the folder of a run, of a sweep or of several, got {top}{why_not}; "
             "type python -m app.report runs/NAME or multirun/DATE/TIME"
         )
+    reader.settle()
     runs = sorted(reader.runs.values(), key=lambda run: natural(run.folder))
-    return Found(runs, sorted(reader.notes))
+    return StoredRuns(runs, sorted(reader.notes))
 
 
 @dataclass
-class _Sweep:
-    """A folder with a journal or with Hydra's `multirun.yaml`.
+class _Around:
+    """The sweep that runs are of: a folder with a journal or with Hydra's `multirun.yaml`.
 
     Attributes:
-        config_dirs, config_name: what it was started with, which its jobs do not note.
+        flags: what it was started with, which its jobs do not note.
         is_launched: whether a launcher runs it now.
     """
 
-    jobs: dict[Path, Job]
-    config_dirs: list[str]
-    config_name: str | None
-    is_launched: bool
+    jobs: dict[Path, Job] = field(default_factory=dict)
+    flags: list[str] = field(default_factory=list)
+    is_launched: bool = False
 
 
 class _Reader:
     def __init__(self) -> None:
-        self.runs: dict[Path, Run] = {}
+        self.runs: dict[Path, StoredRun] = {}
         self.notes: list[str] = []
         self._signs: dict[Path, Signs] = {}
 
-    def visit(self, top: Path, sweep: _Sweep | None) -> None:
+    def visit(self, top: Path, sweep: _Around | None) -> None:
         """Read the run that a folder is, or all that are in it."""
-        left, begun = [(top, sweep)], dict[Path, _Sweep | None]()
+        left, begun = [(top, sweep or _Around())], dict[Path, _Around]()
         while left:
             folder, sweep = left.pop()
             if _is_run(folder):
@@ -128,7 +133,8 @@ class _Reader:
                 lock = RunFolder(path).lock_path
                 if os.path.lexists(lock) and not os.path.lexists(path / "tuned.yaml"):
                     begun[path] = sweep
-            begun |= dict.fromkeys(here.jobs if here else (), here)
+            if here:
+                begun |= dict.fromkeys(here.jobs, here)
         above = {path for run in (*self.runs, *begun) for path in run.parents}
         for path in sorted(begun.keys() - self.runs.keys() - above):
             self._read(path, begun[path])
@@ -139,21 +145,21 @@ class _Reader:
         for path, (state, error) in zip(self._signs, states, strict=True):
             self.runs[path].state, self.runs[path].error = state, error
 
-    def sweep_at(self, folder: Path) -> _Sweep | None:
+    def sweep_at(self, folder: Path) -> _Around | None:
         """The sweep whose folder this is; None where it is none's."""
         found = SweepFolder(folder)
         if os.path.lexists(found.journal.path):
             noted = tried(self.notes, found.journal.required)
             if noted is not None:
                 self.notes += [noted.note] if noted.note else []
-                jobs = {folder / (job.folder or str(job.job)): job for job in noted.jobs.values()}
-                dirs, name = (noted.definition[key] for key in ("config_dirs", "config"))
+                jobs = {folder / job.place: job for job in noted.jobs.values()}
+                flags = alone(noted.definition["config"], noted.definition["config_dirs"])
                 is_launched = tried(self.notes, found.holder) is not None
-                return _Sweep(jobs, dirs, name, is_launched=is_launched)
+                return _Around(jobs, flags, is_launched=is_launched)
         return tried(self.notes, _hydras_sweep, folder / "multirun.yaml")
 
-    def _read(self, path: Path, sweep: _Sweep | None) -> None:
-        folder, job = RunFolder(path), sweep.jobs.get(path) if sweep else None
+    def _read(self, path: Path, sweep: _Around) -> None:
+        folder, job = RunFolder(path), sweep.jobs.get(path)
         torn: list[str] = []
         config = tried(torn, _config, folder)
         result = tried(torn, folder.read_result) or {}
@@ -162,31 +168,20 @@ class _Reader:
         is_over = result.get("status") in (State.finished, State.unreadable)
         is_held = not is_over and tried(self.notes, is_locked, folder.lock_path)
         self._signs[path] = Signs(
-            result=result,
-            job=job,
-            is_held=bool(is_held),
-            is_launched=sweep is not None and sweep.is_launched,
+            result=result, job=job, is_held=bool(is_held), is_launched=sweep.is_launched,
             is_search=has_searched(path),
-        )
+        )  # fmt: skip
         untold: list[str] = []
         typed = tried(untold, read_yaml_list, path / "overrides.yaml")
         if typed is None and (job or not untold):
             typed = job.overrides if job else []
-        searched = config is not None and config.get("tuner") is not None
-        tuned = tried(self.notes, _tuned, path / "tuned.yaml") if searched else None
         self.notes += untold
-        self.runs[path] = Run(
-            folder=path,
-            state=State.queued,  # until all are settled
-            error=None,
-            config=config,
-            typed=typed,
-            tuned=tuned or {},
-            result=result,
-            job=job,
-            config_dirs=sweep.config_dirs if sweep else [],
-            config_name=sweep.config_name if sweep else None,
-        )
+        self.runs[path] = run = StoredRun(
+            folder=path, config=config, typed=typed, tuned={}, result=result, job=job,
+            flags=sweep.flags,
+        )  # fmt: skip
+        if run.has_tuner:
+            run.tuned = tried(self.notes, _tuned, path / "tuned.yaml") or {}
 
 
 def tried(told: list[str], read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -215,7 +210,7 @@ def _tuned(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in overrides.items()}
 
 
-def _hydras_sweep(path: Path) -> _Sweep | None:
+def _hydras_sweep(path: Path) -> _Around | None:
     """The sweep of which Hydra's multirun.yaml is; None where there is no such file."""
     content = read_yaml(path)
     if content is None:
@@ -227,22 +222,17 @@ def _hydras_sweep(path: Path) -> _Sweep | None:
         name = hydra.get("job", {}).get("config_name")
     except (AttributeError, KeyError, TypeError):
         raise Unreadable(path, "its hydra holds something else than Hydra writes") from None
-    return _Sweep({}, dirs, None if name is None else str(name), is_launched=False)
+    return _Around(flags=alone(None if name is None else str(name), dirs))
 
 
 def _folders_in(folder: Path) -> list[Path]:
     """Those that may be of runs."""
     try:
         with os.scandir(folder) as entries:
-            return [
-                folder / one.name
-                for one in entries
-                if one.is_dir(follow_symlinks=False)
-                and one.name[0] != "."
-                and one.name not in NOT_RUNS
-            ]
+            folders = [one.name for one in entries if one.is_dir(follow_symlinks=False)]
     except OSError as error:
         raise Unreadable(folder, why(error)) from None
+    return [folder / name for name in folders if name[0] != "." and name not in NOT_RUNS]
 
 
 def _is_run(folder: Path) -> bool:

@@ -3,31 +3,23 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from app.record.states import State
-from app.report.configurations import (
-    NOTHING,
-    Configuration,
-    Labels,
-    columns,
-    common,
-    configurations,
-    difference,
-    matching,
-)
+from app.report.configurations import Configuration, Labels, common, configurations
 from app.report.metric import Metric, choose_metric
-from app.report.numbers import shortened
-from app.report.reading import Found, Run
-from app.report.statistics import Estimate, estimate, mean_of
+from app.report.numbers import NOTHING, Decimals, Estimate, estimate, mean_of, shortened
+from app.report.reading import StoredRun, StoredRuns
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Row:
     """One configuration.
 
     Attributes:
+        number: its place, from 1.
         values: of the report's columns, as typed.
         mean: of the metric over seeds; None where no run has finished with it.
         best: of one seed.
@@ -37,7 +29,7 @@ class Row:
         config_diff: key, value, and the value in the report's common configuration.
     """
 
-    number: int
+    number: int = 0
     config: Configuration
     values: tuple[str, ...]
     mean: Estimate | None
@@ -55,46 +47,72 @@ class Row:
 
     def why_no_interval(self) -> str:
         """Of the difference from the baseline; empty where there is an interval."""
-        if self.common_seeds is None or (self.versus and self.versus.low is not None):
+        if self.common_seeds is None or (self.versus and self.versus.half_width is not None):
             return ""
-        if self.common_seeds == 0:
-            return "no common seed"
-        return "one common seed" if self.common_seeds == 1 else "not finite"
+        return {0: "no common seed", 1: "one common seed"}.get(self.common_seeds, "not finite")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Report:
     """Everything that is shown.
 
     Attributes:
+        notes: what could not be read; drawing adds to them.
         columns: the keys in which the rows differ.
         rows: best first; those without a number last.
-        common: what the rows' `config_diff` are against, in words.
-        repeats: how many runs repeat a seed of their row; their mean counts once.
-        problems: runs that have ended without a result, or cannot be read, in the order of their
-            folders.
     """
 
     top: Path
-    runs: list[Run]
+    runs: list[StoredRun]
     notes: list[str]
     columns: list[str]
     rows: list[Row]
     metric: Metric | None
-    baseline: str | None
-    common: str
-    repeats: int
-    problems: list[Run]
+
+    @property
+    def metric_name(self) -> str:
+        """What stands above the means."""
+        return self.metric.name if self.metric else "metric"
+
+    @property
+    def problems(self) -> list[StoredRun]:
+        """Runs that have ended without a result, or cannot be read, by their folders."""
+        return [run for run in self.runs if run.state.is_lost or run.state.has_no_result]
+
+    @property
+    def repeats(self) -> int:
+        """How many finished runs repeat a seed of their row; their mean counts once."""
+        return sum(len(same) - 1 for row in self.rows for same in row.config.finished.values())
+
+    @cached_property
+    def baseline(self) -> str | None:
+        """The row that others are compared with, in words."""
+        return next((self.label(row) for row in self.rows if row.is_baseline), None)
+
+    @cached_property
+    def common(self) -> str:
+        """What the rows' `config_diff` are against, in words."""
+        return next((self.label(row) for row in self.rows if not row.config_diff), "")
+
+    @cached_property
+    def decimals(self) -> Decimals:
+        """Of the metric."""
+        return Decimals(row.mean for row in self.rows)
+
+    @cached_property
+    def signed(self) -> Decimals:
+        """Of the differences from the baseline."""
+        return Decimals((row.versus for row in self.rows), sign="+")
 
     def verdict(self, row: Row) -> str:
         """better, worse or unclear: what the interval of a row's difference from the baseline says;
         empty where it has none."""
-        if self.metric is None or row.versus is None or row.versus.low is None:
+        versus = row.versus
+        if self.metric is None or versus is None or versus.half_width is None:
             return ""
-        assert row.versus.high is not None
-        if row.versus.low <= 0 <= row.versus.high:
+        if abs(versus.mean) <= versus.half_width:
             return "unclear"
-        return "better" if self.metric.better(row.versus.mean, 0.0) else "worse"
+        return "better" if (versus.mean < 0) == self.metric.lower_is_better else "worse"
 
     def label(self, row: Row) -> str:
         """A row in words: its columns as they are typed, long numbers shortened."""
@@ -104,76 +122,56 @@ class Report:
 
 
 def summarize(
-    top: Path, found: Found, *, metric: str | None, mode: str | None, baseline: Sequence[str]
+    top: Path, found: StoredRuns, *, metric: str | None, mode: str | None, baseline: Sequence[str]
 ) -> Report:
     """Rows with their numbers.
 
     Raises Refused where the metric or the baseline is not there.
     """
     chosen = choose_metric(found.runs, name=metric, mode=mode)
+    is_lower_better = chosen is not None and chosen.lower_is_better
     configs = configurations(found.runs)
-    names, labels = columns(configs), Labels(configs)
-    base = matching(configs, labels, baseline, names=names) if baseline else None
-    base_values = _by_seed(base, chosen)[0] if base is not None else {}
-    usual = common(configs, base) if configs else None
-    rows, repeats = [], 0
+    labels = Labels(configs)
+    base = labels.matching(baseline) if baseline else None
+    usual = common(configs, base)
+    measured = {config: _by_seed(config, chosen.name) if chosen else {} for config in configs}
+    rows = []
     for config in configs:
-        by_seed, num_repeats = _by_seed(config, chosen)
-        repeats += num_repeats
-        values = list(by_seed.values())
-        finite = [value for value in values if math.isfinite(value)]
-        pick = min if chosen and chosen.lower_is_better else max
-        seconds = [
-            run.seconds for run in config.runs if run.state == State.finished and run.seconds
-        ]
-        paired = [by_seed[seed] - base_values[seed] for seed in by_seed if seed in base_values]
-        compared = base is not None and config is not base
-        assert usual is not None
+        by_seed = measured[config]
+        finite = [value for value in by_seed.values() if math.isfinite(value)]
+        finished = (run for same in config.finished.values() for run in same)
+        seconds = [run.seconds for run in finished if run.seconds]
+        others = measured[base] if base and config is not base else {}
+        paired = [by_seed[seed] - others[seed] for seed in by_seed if seed in others]
         rows.append(
             Row(
-                number=0,
                 config=config,
-                values=tuple(labels.of(config, name) for name in names),
-                mean=estimate(values),
-                best=pick(finite) if finite else None,
+                values=tuple(labels.of(config, name) for name in labels.columns),
+                mean=estimate([*by_seed.values()]),
+                best=(min if is_lower_better else max)(finite, default=None),
                 seconds=mean_of(seconds) if seconds else None,
-                versus=estimate(paired) if compared else None,
-                common_seeds=len(paired) if compared else None,
+                versus=estimate(paired),
+                common_seeds=len(paired) if base and config is not base else None,
                 is_baseline=config is base,
-                config_diff=difference(config, usual),
+                config_diff=config.differences(usual) if usual else [],
             )
         )
-    sign = 1 if chosen and chosen.lower_is_better else -1
-    rows.sort(key=lambda row: _last_if_none(row.mean, sign))
-    report = Report(
-        top=top,
-        runs=found.runs,
-        notes=found.notes,
-        columns=names,
-        rows=[replace(row, number=number) for number, row in enumerate(rows, 1)],
+    rows.sort(key=lambda row: _last_if_none(row.mean, 1 if is_lower_better else -1))
+    for number, row in enumerate(rows, 1):
+        row.number = number
+    return Report(
+        top=top, runs=found.runs, notes=found.notes, columns=labels.columns, rows=rows,
         metric=chosen,
-        baseline=None,
-        common="",
-        repeats=repeats,
-        problems=[run for run in found.runs if run.state.is_lost or run.state.has_no_result],
-    )
-    by_config = {id(row.config): report.label(row) for row in report.rows}
-    return replace(
-        report,
-        baseline=by_config[id(base)] if base is not None else None,
-        common=by_config[id(usual)] if usual is not None else "",
-    )
+    )  # fmt: skip
 
 
-def _by_seed(config: Configuration, metric: Metric | None) -> tuple[dict[object, float], int]:
-    """The metric by seed, the mean where a seed was run again; and how many runs were that."""
-    values: dict[object, list[float]] = {}
-    for run in config.runs:
-        if run.state == State.finished and metric and metric.name in run.result.get("metrics", {}):
-            seed = run.folder if run.seed is None else run.seed
-            values.setdefault(seed, []).append(float(run.result["metrics"][metric.name]))
-    repeats = sum(len(same) - 1 for same in values.values())
-    return {seed: mean_of(same) for seed, same in values.items()}, repeats
+def _by_seed(config: Configuration, metric: str) -> dict[object, float]:
+    """A metric by seed, the mean where a seed was run again."""
+    values = {
+        seed: [float(run.metrics[metric]) for run in same if metric in run.metrics]
+        for seed, same in config.finished.items()
+    }
+    return {seed: mean_of(same) for seed, same in values.items() if same}
 
 
 def _last_if_none(mean: Estimate | None, sign: int) -> tuple[int, float]:

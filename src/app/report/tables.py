@@ -5,12 +5,11 @@ import io
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from app.record.states import State
-from app.report.configurations import NOTHING
-from app.report.numbers import MOST_OF_A_TEXT, Digits, duration
-from app.report.reading import Run
+from app.report.numbers import MOST_OF_A_TEXT, NOTHING, Estimate, cut, duration
+from app.report.reading import StoredRun
 from app.report.rerun import command
 from app.report.summary import Report, Row
 from app.sweep.progress import plain
@@ -22,42 +21,28 @@ WIDEST = 600
 """Characters of an error or a note on the terminal."""
 
 
-def cells(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of the table, as text."""
-    metric = report.metric.name if report.metric else "metric"
-    heads = [*report.columns, "n", metric, "95 % interval", "best", "time a run"]
+def cells(report: Report) -> list[list[str]]:
+    """Heads and rows of the table, as text; empty where there is no row."""
+    has_states = any(run.state != State.finished for row in report.rows for run in row.config.runs)
+    rows = [[*_cells(report, row, has_states=has_states)] for row in report.rows]
+    heads = [[head for head, _ in row] for row in rows[:1]]
+    return [*heads, *([cell for _, cell in row] for row in rows)]
+
+
+def _cells(report: Report, row: Row, *, has_states: bool) -> Iterator[tuple[str, str]]:
+    yield from zip(report.columns, row.values, strict=True)
+    yield "n", str(row.mean.n if row.mean else 0)
+    yield report.metric_name, report.decimals.mean(row.mean)
+    yield "95 % interval", report.decimals.interval(row.mean)
+    yield "best", report.decimals.of(row.best)
+    yield "time a run", duration(row.seconds)
     if report.baseline is not None:
-        heads += ["difference", "95 % interval ", "seeds"]
-    if any(set(row.states) != {State.finished} for row in report.rows):
-        heads += ["runs"]
-    digits, signed = digits_of(report)
-    lines = []
-    for row in report.rows:
-        line = [
-            *row.values,
-            str(row.mean.n if row.mean else 0),
-            digits.of(row.mean.mean if row.mean else None),
-            digits.interval(row.mean),
-            digits.of(row.best),
-            duration(row.seconds),
-        ]
-        if report.baseline is not None:
-            difference = signed.of(row.versus.mean if row.versus else None, sign=True)
-            interval = signed.interval(row.versus, sign=True)
-            line += (
-                ["baseline", "", ""]
-                if row.is_baseline
-                else [difference, row.why_no_interval() or interval, str(row.common_seeds)]
-            )
-        if heads[-1] == "runs":
-            line += [states(row.states)]
-        lines.append(line)
-    return heads, lines
-
-
-def digits_of(report: Report) -> tuple[Digits, Digits]:
-    """Of the metric, and of the differences from the baseline."""
-    return Digits(row.mean for row in report.rows), Digits(row.versus for row in report.rows)
+        interval = row.why_no_interval() or report.signed.interval(row.versus)
+        yield "difference", "baseline" if row.is_baseline else report.signed.mean(row.versus)
+        yield "95 % interval ", "" if row.is_baseline else interval
+        yield "seeds", "" if row.is_baseline else str(row.common_seeds)
+    if has_states:
+        yield "runs", states(row.states)
 
 
 def states(count: Counter[State]) -> str:
@@ -65,24 +50,25 @@ def states(count: Counter[State]) -> str:
     return ", ".join(f"{number} {state}" for state, number in count.most_common())
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def headlines(report: Report) -> list[str]:
     """What the table is of, in sentences, without the notes."""
-    total = Counter(run.state for run in report.runs)
-    plural = "" if len(report.rows) == 1 else "s"
+    metric, total = report.metric, states(Counter(run.state for run in report.runs))
     lines = [
-        f"{report.top}: {len(report.runs)} run{'' if len(report.runs) == 1 else 's'} "
-        f"({states(total)}) of {len(report.rows)} configuration{plural}"
+        f"{report.top}: {counted(len(report.runs), 'run')} ({total}) of "
+        f"{counted(len(report.rows), 'configuration')}"
     ]
-    if report.metric is None:
+    if metric is None:
         lines.append("metric: none, as no run has finished with one")
     else:
-        way = "lower" if report.metric.lower_is_better else "higher"
-        lines.append(
-            f"metric {report.metric.name}: {report.metric.why}; "
-            f"{way} is better ({report.metric.why_mode})"
-        )
-        if report.metric.others:
-            lines.append(f"also measured, --metric NAME: {', '.join(report.metric.others)}")
+        way = "lower" if metric.lower_is_better else "higher"
+        lines.append(f"metric {metric.name}: {metric.why}; {way} is better ({metric.why_mode})")
+        if metric.others:
+            lines.append(f"also measured, --metric NAME: {', '.join(metric.others)}")
     if report.baseline is not None:
         lines.append(f"differences from {report.baseline}, in pairs of one seed")
     elif len(report.rows) > 1:
@@ -97,21 +83,16 @@ def answer(report: Report) -> list[str]:
     known = [row for row in report.rows if row.mean is not None and math.isfinite(row.mean.mean)]
     if len(known) < 2 or report.metric is None:
         return []
-    best, (digits, signed) = known[0], digits_of(report)
-    assert best.mean is not None
+    best = known[0]
     superlative = "lowest" if report.metric.lower_is_better else "highest"
-    text = f"{superlative} mean {report.metric.name}: {report.label(best)}"
-    text += f", {digits.of(best.mean.mean)}"
-    if best.mean.low is not None:
-        text += f" {digits.interval(best.mean)}"
-    if best.is_baseline:
-        text += ", the baseline"
-    verdict = report.verdict(best)
-    if verdict:
-        assert best.versus is not None
-        difference = signed.of(best.versus.mean, sign=True)
+    mean, interval = report.decimals.mean(best.mean), report.decimals.interval(best.mean)
+    text = f"{superlative} mean {report.metric.name}: {report.label(best)}, {mean}"
+    text += f" {interval}" if interval != NOTHING else ""
+    text += ", the baseline" if best.is_baseline else ""
+    if verdict := report.verdict(best):
         words = "no clear difference from" if verdict == "unclear" else f"{verdict} than"
-        text += f"; {words} the baseline: {difference} {signed.interval(best.versus, sign=True)}"
+        difference = f"{report.signed.mean(best.versus)} {report.signed.interval(best.versus)}"
+        text += f"; {words} the baseline: {difference}"
     return [text]
 
 
@@ -121,7 +102,7 @@ def error_line(text: str) -> str:
     return lines[-1] if lines[0].startswith("Traceback") else lines[0]
 
 
-def problem_words(run: Run) -> str:
+def problem_words(run: StoredRun) -> str:
     """State and failing rank, attempt and device where they are known."""
     words = [str(run.state)]
     if "rank" in run.result and run.state == State.failed:
@@ -135,40 +116,38 @@ def problem_words(run: Run) -> str:
 def terminal(report: Report, *, limit: int = SHOWN) -> str:
     """The report in lines, without characters that a terminal would act on."""
     lines = [*headlines(report), *(shown(note, most=WIDEST) for note in report.notes[:limit])]
-    if len(report.notes) > limit:
-        lines.append(f"... and {len(report.notes) - limit} more notes, in the files")
+    lines += _left_out(report.notes, limit, " notes")
     lines += [*answer(report), ""]
-    if report.rows:
-        heads, rows = cells(report)
-        lines += _aligned([heads, *rows[:limit]], is_left=len(report.columns))
-        if len(rows) > limit:
-            lines.append(f"... and {len(rows) - limit} more rows, in the files")
+    lines += _aligned(cells(report)[: limit + 1], is_left=len(report.columns))
+    lines += _left_out(report.rows, limit, " rows")
     for run in report.problems[:limit]:
         lines += ["", f"{run.folder}  {problem_words(run)}"]
         if run.error:
             lines.append(f"  {shown(error_line(run.error), most=WIDEST)}")
         again = command(run)
         lines += [f"  {again}"] if again else []
-    if len(report.problems) > limit:
-        lines += ["", f"... and {len(report.problems) - limit} more, in the files"]
-    return "\n".join(plain(line) for line in lines)
+    left = _left_out(report.problems, limit, "")
+    return "\n".join(plain(line) for line in [*lines, *([""] if left else []), *left])
+
+
+def _left_out(items: Sequence[object], limit: int, noun: str) -> list[str]:
+    left = len(items) - limit
+    return [f"... and {left} more{noun}, in the files"] if left > 0 else []
 
 
 def shown(text: str, *, most: int) -> str:
     """One line of printable characters, cut where there are too many."""
-    return plain(text if len(text) <= most else f"{text[: most - 3]}...")
+    return plain(cut(text, most=most))
 
 
 def _aligned(table: Sequence[Sequence[str]], *, is_left: int) -> list[str]:
     table = [[shown(cell, most=MOST_OF_A_TEXT) for cell in line] for line in table]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if index < is_left or table[0][index] == "runs" else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in table
-    ]
+    columns = []
+    for index, column in enumerate(zip(*table, strict=True)):
+        width = max(map(len, column))
+        to_left = index < is_left or column[0] == "runs"
+        columns.append([cell.ljust(width) if to_left else cell.rjust(width) for cell in column])
+    return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
 
 
 def markdown(report: Report, *, curves: Sequence[str]) -> str:
@@ -177,14 +156,13 @@ def markdown(report: Report, *, curves: Sequence[str]) -> str:
     Args:
         curves: names of the pictures beside the file.
     """
-    heads, rows = cells(report)
     said = [*headlines(report), *report.notes, *answer(report)]
     lines = ["# Report", "", *(f"* {escaped(line)}" for line in said), ""]
-    if rows:
-        aligned = ["---" if i < len(report.columns) else "---:" for i in range(len(heads))]
-        lines += [_table_line([escaped(cell) for cell in line]) for line in [heads]]
-        lines += [_table_line(aligned)]
-        lines += [_table_line([escaped(cell) for cell in line]) for line in rows]
+    table = [[escaped(cell) for cell in line] for line in cells(report)]
+    if table:
+        num_right = len(table[0]) - len(report.columns)
+        table.insert(1, ["---"] * len(report.columns) + ["---:"] * num_right)
+    lines += [f"| {' | '.join(line)} |" for line in table]
     for name in curves:
         lines += ["", f"![{escaped(name)}](<{name}>)"]
     if report.problems:
@@ -193,15 +171,10 @@ def markdown(report: Report, *, curves: Sequence[str]) -> str:
         lines += ["", f"* {escaped(str(run.folder))}: {escaped(problem_words(run))}"]
         if run.error:
             lines += ["", f"  {escaped(error_line(run.error))}"]
-        again = command(run)
-        if again:
+        if again := command(run):
             fence = "`" * max(3, 1 + max(map(len, re.findall("`+", again)), default=0))
             lines += ["", f"  {fence}sh", f"  {plain(again)}", f"  {fence}"]
     return "\n".join(lines) + "\n"
-
-
-def _table_line(line: Sequence[str]) -> str:
-    return f"| {' | '.join(line)} |"
 
 
 def escaped(text: str) -> str:
@@ -213,14 +186,21 @@ def csv_text(report: Report) -> str:
     """A line per row, numbers in full; no text that a spreadsheet would calculate."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    metric = report.metric.name if report.metric else "metric"
-    heads = ["n", f"{metric}_mean", f"{metric}_low", f"{metric}_high", f"{metric}_best", "seconds"]
-    differences = ["difference", "difference_low", "difference_high", "common_seeds"]
-    last = ["num_runs", "num_finished", "folders"]
-    writer.writerow(map(defused, [*report.columns, *heads, *differences, *last]))
+    metric = [f"{report.metric_name}_{what}" for what in ("mean", "low", "high", "best")]
+    heads = ["n", *metric, "seconds", "difference", "difference_low", "difference_high",
+             "common_seeds", "num_runs", "num_finished", "folders"]  # fmt: skip
+    writer.writerow(map(defused, [*report.columns, *heads]))
     for row in report.rows:
-        writer.writerow(map(defused, [*row.values, *_numbers(row)]))
+        numbers = [row.mean.n if row.mean else 0, *_ends(row.mean), row.best, row.seconds,
+                   *_ends(row.versus), row.common_seeds, len(row.config.runs),
+                   row.states[State.finished]]  # fmt: skip
+        folders = " ".join(str(run.folder) for run in row.config.runs)
+        writer.writerow(map(defused, [*row.values, *numbers, folders]))
     return file.getvalue()
+
+
+def _ends(one: Estimate | None) -> list[float | None]:
+    return [one.mean, one.low, one.high] if one else [None, None, None]
 
 
 def defused(cell: object) -> object:
@@ -229,18 +209,3 @@ def defused(cell: object) -> object:
     if not isinstance(cell, str) or cell == NOTHING or NUMBER.fullmatch(cell):
         return cell
     return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
-
-
-def _numbers(row: Row) -> list[object]:
-    mean, versus = row.mean, row.versus
-    return [
-        mean.n if mean else 0,
-        *([mean.mean, mean.low, mean.high] if mean else [None] * 3),
-        row.best,
-        row.seconds,
-        *([versus.mean, versus.low, versus.high] if versus else [None] * 3),
-        row.common_seeds,
-        len(row.config.runs),
-        row.states[State.finished],
-        " ".join(str(run.folder) for run in row.config.runs),
-    ]

@@ -20,7 +20,7 @@ from app.parallel.data_parallel import DataParallel
 from app.parallel.sharded import Sharded
 from app.process.targets import refuse_targets
 from app.run.checkpoint import CheckpointFiles, Checkpoints
-from app.run.hooks import DataHooks, around_training
+from app.run.hooks import DataHooks
 from app.run.metrics import AwaitedMetrics, StepMetrics, awaited_metrics
 from app.run.resume import ExactResume
 from app.run.trainer import Trainer
@@ -90,11 +90,11 @@ def build(
         weighted = all(getattr(one, "weight_by", None) is None for one in techniques)
         parallel.append(DataParallel(weighted=weighted))
         hooks.around_loaders(parallel[0].loaders)
-        hooks.around_log(lambda _, log: parallel[0].log(model, log))
+        hooks.in_place_of("log", parallel[0].log(model, model.log))
     if served is not None:
-        hooks.around_loaders(around_training(served))
+        hooks.around_training(served)
     resume = ExactResume()
-    hooks.around_loaders(around_training(resume.resumable))
+    hooks.around_training(resume.resumable)
     for technique in techniques:
         if isinstance(technique, Accumulation):
             technique.refuse_manual_optimization(model)

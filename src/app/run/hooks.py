@@ -7,9 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-Wrap = Callable[[str, Callable[..., Any]], Callable[..., Any] | None]
-"""Makes of a hook's name and the method that would be called the one that is called instead; None
-where it stays."""
+Layer = Callable[[str, Any], Any]
+"""Makes of a hook's name and the loaders that it returned what is used instead."""
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
 HOOKS = ("prepare_data", "setup", *LOADERS, "log", "configure_optimizers", "configure_model")
@@ -18,8 +17,9 @@ HOOKS = ("prepare_data", "setup", *LOADERS, "log", "configure_optimizers", "conf
 class DataHooks:
     """The only one that sets methods on what the user has made.
 
-    Layers are laid around a method one after the other: the last one is called first. `release`
-    takes all of them away, also those that data sharing has set on the data module itself.
+    What a loader's method returns goes through the layers in the order in which they were laid. A
+    method that calls another one of them itself, as `return self.train_dataloader()`, gets what the
+    user's own returns. `release` takes all of it away, also what data sharing has set.
 
     Args:
         model, data: as they were made.
@@ -27,22 +27,25 @@ class DataHooks:
 
     def __init__(self, model: pl.LightningModule, data: pl.LightningDataModule) -> None:
         self._model = model
-        self._data = data
         self._own = [
             (owner, {name: vars(owner)[name] for name in HOOKS if name in vars(owner)})
             for owner in (model, data)
         ]
-
-    def around_loaders(self, wrap: Wrap) -> None:
-        """Lay a layer around the loaders, of the data module or the model, whichever has them."""
+        self._layers: list[Layer] = []
+        self._is_inside = False
         for name in LOADERS:
-            in_data = is_overridden(name, self._data, pl.LightningDataModule)
-            if in_data or is_overridden(name, self._model):
-                self._lay(self._data if in_data else self._model, name, wrap)
+            in_data = is_overridden(name, data, pl.LightningDataModule)
+            if in_data or is_overridden(name, model):
+                owner: Any = data if in_data else model
+                setattr(owner, name, partial(self._served, name, getattr(owner, name)))
 
-    def around_log(self, wrap: Wrap) -> None:
-        """Lay a layer around what the model logs with."""
-        self._lay(self._model, "log", wrap)
+    def around_loaders(self, layer: Layer) -> None:
+        """Lay a layer around the loaders, of the data module or the model, whichever has them."""
+        self._layers.append(layer)
+
+    def around_training(self, change: Callable[[Any], Any]) -> None:
+        """Lay a layer around the training loaders alone."""
+        self._layers.append(lambda name, made: change(made) if name == LOADERS[0] else made)
 
     def in_place_of(self, name: str, method: Callable[..., Any]) -> None:
         """Call `method` where the model's own would be called."""
@@ -57,24 +60,17 @@ class DataHooks:
                 else:
                     vars(owner).pop(name, None)
 
-    @staticmethod
-    def _lay(owner: Any, name: str, wrap: Wrap) -> None:
-        instead = wrap(name, getattr(owner, name))
-        if instead is not None:
-            setattr(owner, name, instead)
-
-
-def around_training(change: Callable[[Any], Any]) -> Wrap:
-    """A layer that changes what `train_dataloader` returns, and no other loader."""
-
-    def wrap(name: str, make: Callable[[], Any]) -> Callable[[], Any] | None:
-        return partial(_changed, make, change) if name == "train_dataloader" else None
-
-    return wrap
-
-
-def _changed(make: Callable[[], Any], change: Callable[[Any], Any]) -> Any:
-    return change(make())
+    def _served(self, name: str, make: Callable[[], Any]) -> Any:
+        if self._is_inside:
+            return make()
+        self._is_inside = True
+        try:
+            made = make()
+        finally:
+            self._is_inside = False
+        for layer in self._layers:
+            made = layer(name, made)
+        return made
 
 
 EVERY_BATCH = (

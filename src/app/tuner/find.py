@@ -104,11 +104,11 @@ def _search(config: Config, folder: Path) -> dict[str, Any]:
     return overrides
 
 
-Found = tuple[dict[str, Any], dict[str, Any], bool]
+Finding = tuple[dict[str, Any], dict[str, Any], bool]
 """Overrides, what was measured, and whether the search came to its end."""
 
 
-def find_batch_size(config: Config, folder: Path) -> Found:
+def find_batch_size(config: Config, folder: Path) -> Finding:
     """The micro-batch; nothing where its finder is off."""
     assert config.tuner is not None
     if config.tuner.batch_size is None:
@@ -254,7 +254,7 @@ def num_samples(config: Config) -> int | None:
     return max(lengths)
 
 
-def find_lr(config: Config, folder: Path) -> Found:
+def find_lr(config: Config, folder: Path) -> Finding:
     """The learning rate, or one for each key; nothing where its finder is off or in doubt."""
     assert config.tuner is not None
     settings = config.tuner.lr

@@ -23,7 +23,7 @@ MOST_OPTIMIZERS = 8
 """A bound for the trainer, which counts the steps of all optimizers; the sweep ends the fit."""
 
 
-class Sweep(pl.Callback):
+class RateSweep(pl.Callback):
     """Sets the learning rate of each optimizer step of a fit and records the step's loss.
 
     One point per optimizer step: the mean loss of its micro-batches, over all ranks. One multiplier
@@ -103,10 +103,10 @@ class Sweep(pl.Callback):
             trainer.should_stop = True
 
 
-class SweepBar(pl.Callback):
+class RateBar(pl.Callback):
     """A bar of the sweep's optimizer steps where the output is a terminal."""
 
-    def __init__(self, sweeping: Sweep) -> None:
+    def __init__(self, sweeping: RateSweep) -> None:
         self._sweeping = sweeping
         self._bar: Any = None
 
@@ -162,7 +162,7 @@ def range_test(
         highest=settings.highest,
         mode=settings.mode.value,
     )
-    sweeping = Sweep(
+    sweeping = RateSweep(
         rates=rates,
         base=base,
         divergence=settings.divergence,
@@ -174,7 +174,7 @@ def range_test(
         config.but(averaging=None),
         num_steps=MOST_OPTIMIZERS * len(rates),
         validates=False,
-        callbacks=[*callbacks, sweeping, SweepBar(sweeping)],
+        callbacks=[*callbacks, sweeping, RateBar(sweeping)],
     )
     complete = True
     try:
