@@ -32,7 +32,7 @@ from app.sharing import Mmap, Shared
 
 KINDS = sized(("tensor", "numpy", "list"), ("tensor",))
 MODES = sized(("none", "shared", "mmap"), ("shared",))
-NUM_PROCESSES = 4
+NUM_PROCESSES = sized(4, 2)
 ITEM_BYTES = 4096
 TARGET_GB = 1.1
 SETTINGS = {"key": None, "min_bytes": 1024, "min_items": 1000}

@@ -182,7 +182,7 @@ def command(
     return call
 
 
-@settings(max_examples=int(200 * SCALE))
+@settings(max_examples=int(120 * SCALE))
 @given(typed=overrides(KEYS))
 def test_whatever_is_typed_is_checked_or_refused_in_a_line(
     command: Callable[..., int], typed: list[str]

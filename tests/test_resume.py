@@ -40,6 +40,7 @@ CASES = {
     "theirs, validation inside": (*THEIRS, "trainer.val_check_interval=0.5", OFTEN),
     "theirs, two optimizers": (*THEIRS, "model._target_=theirs.TwoOptimizers", OFTEN),
 }  # fmt: skip
+CHOSEN = tuple(CASES)
 DISCOVERED = ("accumulate", "averaging", "clip", "memory", "optimizer", "scheduler")
 for choice in (f"{group}={name}" for group in DISCOVERED for name in presets_of(group)):
     CASES.setdefault(choice, (*SMALL, choice, *NEEDED.get(choice, []), OFTEN))

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from test_resume import CASES
+from test_resume import CASES, CHOSEN
 
 from app.process.asked import asked
 from app.run.build import Run, build
@@ -58,7 +58,7 @@ def fit(
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CHOSEN)
 def test_a_run_asked_to_stop_at_any_moment_equals_the_undisturbed_one(
     checked: Callable[..., Any], tmp_path: Path, case: str, hook: str
 ) -> None:

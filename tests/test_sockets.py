@@ -105,6 +105,7 @@ class Attack:
         self.payload = folder / "payload"
         self.go = folder / "go"
         self._open: list[socket.socket] = []
+        self._ours = listening({os.getpid()})  # which a child has too, until it is a command
 
     def __call__(self, pid: int, *, num_ranks: int) -> None:
         """Attack from the start on, and again when so many ranks wait; then let them go on."""
@@ -124,7 +125,7 @@ class Attack:
         return self.go.exists() or len(list(self.go.parent.glob("*.waits"))) >= num_ranks
 
     def _sees(self, pid: int) -> bool:
-        for address in listening(descendants(pid)) - self.found:
+        for address in listening(descendants(pid)) - self.found - self._ours:
             self.found.add(address)
             self._send(address)
         return True
