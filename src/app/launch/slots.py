@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from app.config import SINGLE
+from app.config import is_single
 from app.errors import Refused
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -34,8 +34,8 @@ class Slots:
         """
         asked = cfg.trainer.devices
         if asked == "auto":
-            is_single = cfg.strategy._target_ == SINGLE or not self.are_gpus
-            asked = 1 if is_single else devices_per_job or len(self.names)
+            needs_one = is_single(cfg.strategy) or not self.are_gpus
+            asked = 1 if needs_one else devices_per_job or len(self.names)
         if devices_per_job is not None and devices_per_job < asked:
             raise Refused(
                 f"launch.devices_per_job must be >= trainer.devices={asked}, got "

@@ -46,7 +46,7 @@ class Composer:
         typed = list(sweep_overrides)
         try:
             made = self._made(master_config, typed)
-        except Exception:
+        except Exception:  # what is refused is composed in full: the error is to be Hydra's own
             made = None
         return made or self._loader.load_sweep_config(master_config, typed)
 
