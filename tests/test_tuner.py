@@ -581,3 +581,24 @@ def test_finders_run_with_techniques_of_the_users_own(
     (tmp_path / "run").mkdir()
     overrides = find(check(cfg), tmp_path / "run")
     assert finder is LR or overrides["data.batch_size"] > 0
+
+
+class OnPlateau(LitModel):
+    """Has a schedule of its own that waits for a validation."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"},
+        }
+
+
+def test_a_sweep_of_several_epochs_does_not_wait_for_the_plateau_of_a_validation(
+    checked: Callable[..., Any],
+) -> None:
+    config = checked(*THEIRS, *LR, "model._target_=test_tuner.OnPlateau", "+model.lr=0.1",
+                     "trainer.limit_train_batches=4")  # fmt: skip
+    _, losses = sweep(config)
+    assert len(losses) > 8

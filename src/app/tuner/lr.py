@@ -61,6 +61,9 @@ class RateSweep(pl.Callback):
             [float(group["lr"] if self._from_now else configured_lr(group)) for group in groups]
             for groups in (optimizer.param_groups for optimizer in trainer.optimizers)
         ]
+        # a plateau is of a validation, and a sweep has none
+        configs = trainer.strategy.lr_scheduler_configs
+        trainer.strategy.lr_scheduler_configs = [c for c in configs if not c.reduce_on_plateau]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
