@@ -94,7 +94,10 @@ class MetricsCsv(Logger):
 
     def _rewrite(self) -> None:
         step = self._line["step"]
-        lines = [line for line in _read_lines(self.path) if int(line["step"]) < step]
+        lines = [line for line in _read_lines(self.path) if int(line["step"]) <= step]
+        if lines and int(lines[-1]["step"]) == step:
+            # of a run that was continued in the midst of the line: it is measured alike again
+            self._line = {**lines.pop(), **self._line}
         self._columns = list(dict.fromkeys(name for line in [*lines, self._line] for name in line))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = io.StringIO(newline="")

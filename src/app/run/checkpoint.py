@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from app.errors import Refused
 from app.process.files import replacing, sync_folder
 from app.process.intact import Checked, refuse_damaged
 from app.record.loggers import MetricsCsv
+from app.run.hooks import after_batch
 from app.run.resume import ExactResume
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -206,7 +208,7 @@ class Checkpoints(Checkpoint):
     ) -> None:
         if validation_is_due(trainer, batch_idx):
             if self._resume is not None:
-                self._resume.note_before_validation()
+                after_batch(pl_module, partial(self._resume.note_before_validation, trainer))
             return
         if self.every_n_steps is None and self.every_min is None:
             return
@@ -214,7 +216,7 @@ class Checkpoints(Checkpoint):
             return
         window_open = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
         if not window_open:
-            self.save(trainer)
+            after_batch(pl_module, partial(self.save, trainer))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or self.monitor is None:

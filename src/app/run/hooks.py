@@ -102,3 +102,23 @@ def switch_off_inherited(callback: pl.Callback) -> None:
     """Switch off the hooks of every batch that a callback only inherits, and that do nothing."""
     none = (h for h in EVERY_BATCH if getattr(type(callback), h) is getattr(pl.Callback, h))
     switch_off(callback, *none)
+
+
+def after_batch(model: pl.LightningModule, action: Callable[[], None]) -> None:
+    """Do something once, when the hooks of this batch are over: the model's own is the last.
+
+    Called in a callback's `on_train_batch_end`. A checkpoint that is written before the model's
+    hook has not what that changes, a teacher that follows the weights say.
+    """
+    name = "on_train_batch_end"
+    own, before = getattr(model, name), vars(model).get(name)
+
+    def then(*args: Any) -> None:
+        if before is None:
+            delattr(model, name)
+        else:
+            setattr(model, name, before)
+        own(*args)
+        action()
+
+    setattr(model, name, then)

@@ -66,11 +66,11 @@ class StepMetrics(pl.Callback):
             self._global_step = trainer.global_step
             self._num_steps += 1
             if self._num_steps - self._logged_step >= self._every_n_steps:
-                self._log(trainer)
+                self._log(trainer, line=_next_line(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._num_steps > self._logged_step:
-            self._log(trainer)
+            self._log(trainer, line=_next_line(trainer) - 1)  # the last batch has had its line
         if self._model_logs_loss is None:
             self._model_logs_loss = "train_loss" in trainer.callback_metrics
         if self._num_epoch_losses and not self._model_logs_loss:
@@ -104,7 +104,7 @@ class StepMetrics(pl.Callback):
         self._logged_step = state_dict["logged_step"]
         self._global_step = state_dict["global_step"]
 
-    def _log(self, trainer: pl.Trainer) -> None:
+    def _log(self, trainer: pl.Trainer, *, line: int) -> None:
         self._logged_step = self._num_steps
         metrics = {
             name: value for source in self._sources for name, value in source.step_metrics().items()
@@ -119,9 +119,13 @@ class StepMetrics(pl.Callback):
             self._losses = []
         metrics["epoch"] = trainer.current_epoch
         for logger in trainer.loggers:
-            # Lightning numbers the line of a step from 0
-            logger.log_metrics(metrics, step=self._num_steps - 1)
+            logger.log_metrics(metrics, step=line)
             logger.save()
+
+
+def _next_line(trainer: pl.Trainer) -> int:
+    """Number of the line that Lightning logs next, from 0: of the batches that may step."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 class AwaitedMetrics(pl.Callback):

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from app.errors import Refused
 from app.parallel.split import rebuilt, share_of
 from app.process.random_state import draw_apart, random_state, set_random_state
+from app.run.hooks import switch_off
+from app.run.measured import Measured
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +152,7 @@ class ExactResume(pl.Callback):
     def __init__(self) -> None:
         self.repeats_validation = False
         self._before_validation: dict[str, Any] = {}
+        self._measured = Measured()
         self._loaders: list[ResumableLoader] = []
         self.metrics: dict[str, float] = {}
         self._restored: dict[str, Any] | None = None
@@ -167,11 +170,11 @@ class ExactResume(pl.Callback):
         if self.repeats_validation:
             _rewind_validation(checkpoint)
         mine = {
-            "random_state": self._before_validation if self.repeats_validation else random_state(),
+            **(self._before_validation if self.repeats_validation else self._now(trainer)),
             "positions": [loader.position(mid_epoch=mid_epoch) for loader in self._loaders],
         }
         metrics = trainer.callback_metrics.items()
-        checkpoint["metrics"] = {name: float(value) for name, value in metrics}
+        checkpoint["metrics"] = self.metrics | {name: float(value) for name, value in metrics}
         checkpoint["resume"] = [mine]
         if trainer.world_size > 1:
             checkpoint["resume"] = [mine] * trainer.world_size
@@ -198,12 +201,26 @@ class ExactResume(pl.Callback):
             return
         for loader, position in zip(self._loaders, restored["positions"], strict=True):
             loader.restore(position, epoch=trainer.current_epoch)
+        self._measured.restore(trainer, pl_module, restored["measured"])
         set_random_state(restored["random_state"])
-        self._before_validation = restored["random_state"]  # the fit may begin with a validation
+        self._before_validation = restored  # the fit may begin with a validation
 
-    def note_before_validation(self) -> None:
-        """Note the random state before a validation draws from it, or starts workers with it."""
-        self._before_validation = random_state()
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._measured.go_on(trainer)
+        if not self._measured.waiting:
+            switch_off(self, "on_train_batch_start")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._measured.go_on(trainer)
+        self._measured.waiting = {}
+
+    def note_before_validation(self, trainer: pl.Trainer) -> None:
+        """Note the state before a validation draws random numbers, starts workers, or measures."""
+        self._before_validation = self._now(trainer)
+
+    def _now(self, trainer: pl.Trainer) -> dict[str, Any]:
+        measured = self._measured.state(trainer, trainer.lightning_module)
+        return {"random_state": random_state(), "measured": measured}
 
 
 def _rewind_validation(checkpoint: dict[str, Any]) -> None:

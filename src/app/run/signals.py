@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from app.process.asked import HEEDED, asked
 from app.run.checkpoint import Checkpoints, validation_is_due
-from app.run.hooks import switch_off, switch_on
+from app.run.hooks import after_batch, switch_off, switch_on
 from app.run.resume import ExactResume, ResumableLoader
 
 SHARE_OF_TIME = 0.01
@@ -81,7 +82,7 @@ class StopsOnSignal(Listens):
         if window_open or trainer.is_last_batch or validation_is_due(trainer, batch_idx):
             return
         if self._is_agreed():
-            self._leave(trainer)
+            after_batch(pl_module, partial(self._leave, trainer))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)

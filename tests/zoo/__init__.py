@@ -1,0 +1,1 @@
+"""Modules, loaders and schedules as users write them, and what must hold for each."""

@@ -1,0 +1,122 @@
+"""The rows of the zoo: what is typed, and which cells are refused, or hold something else, and why.
+
+A row has a model and a data module, named as a user names them, and overrides. `refused` says in
+which columns the run is refused before its fit, and a part of what is said; `apart` why there is
+nothing to compare in a column.
+"""
+
+from dataclasses import dataclass, field
+
+COLUMNS = {
+    "a": "a plain run is stock Lightning's, bit for bit",
+    "b": "a run that is cut and continued is the run that was not cut",
+    "c": "two ranks are one process at the same effective batch",
+    "d": "each average is the one computed by hand",
+    "e": "accumulation is the large batch",
+    "f": "finders end, and leave nothing behind",
+}
+
+
+@dataclass(kw_only=True)
+class Row:
+    model: str = "Net"
+    data: str = "Rows"
+    typed: tuple[str, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
+    apart: dict[str, str] = field(default_factory=dict)
+    accumulated: tuple[str, ...] = ()  # typed with accumulation
+
+
+DRAWS = {"c": "ranks draw numbers of their own", "e": "a micro-batch draws as a batch does"}
+STATISTICS = {"c": "of a rank's share", "e": "of a micro-batch"}
+MANUAL = {"e": "steps its own optimizers"}
+OTHER_ONES = dict.fromkeys("ce", "smaller batches are broken elsewhere")
+EMPTY = dict.fromkeys("abcdef", "no batch")
+SEQUENTIAL = dict.fromkeys("abcdef", "sequential")
+
+ROWS: dict[str, Row] = {
+    "plain": Row(),
+    # what a model does with its state
+    "state_dict of copies": Row(model="Detached"),
+    "state_dict filtered": Row(model="Lora"),
+    "state_dict renamed": Row(model="Renamed"),
+    "state_dict migrated on load": Row(model="Migrated"),
+    "buffers written in validation": Row(model="Threshold"),
+    "a queue and its pointer": Row(model="Queue", apart={"e": "follows each micro-batch"}),
+    "a teacher that follows": Row(model="Teacher", apart={"e": "follows each micro-batch"}),
+    "tied weights": Row(model="Tied"),
+    "lazy layers": Row(model="Lazy"),
+    "running statistics": Row(model="Batchnorm", apart=STATISTICS),
+    "dropout": Row(model="Dropout", apart=DRAWS),
+    "draws in the test": Row(model="TestsWithNoise", apart=DRAWS),
+    "frozen, in evaluation mode": Row(model="FrozenBackbone"),
+    "unfreezes itself": Row(model="Unfreezes"),
+    "BackboneFinetuning": Row(model="Finetuned", apart=STATISTICS),
+    "grows": Row(model="Grows"),
+    "shrinks": Row(model="Shrinks"),
+    "configure_model": Row(model="ConfiguresModel"),
+    "weight_norm": Row(model="WeightNormed"),
+    "complex, scalar, listed": Row(model="Odd"),
+    # optimizers and steps
+    "GAN, two optimizers by hand": Row(model="Gan", refused=MANUAL),
+    "torch's optimizer by hand": Row(model="RawOptimizer", refused=MANUAL),
+    "accumulates by hand": Row(model="AccumulatesItself", refused=MANUAL),
+    "LBFGS": Row(model="Lbfgs", refused={"e": "LBFGS"}),
+    "warms up in optimizer_step": Row(model="WarmsUpByHand"),
+    "parameter groups, OneCycleLR": Row(model="Groups"),
+    "clips in its own hook": Row(model="ClipsItself"),
+    "steps without a loss": Row(model="SkipsSteps"),
+    "a step returns a dict": Row(model="ReturnsDict"),
+    # what a model looks at, and logs
+    "asks the trainer": Row(model="LooksAround"),
+    "draws into its logger": Row(model="Draws"),
+    "slash names": Row(model="Slashes", typed=("callbacks.checkpoint.monitor=val/loss",)),
+    "torchmetrics": Row(model="Metrics"),
+    "collects outputs": Row(model="Collects"),
+    "callbacks of its own": Row(model="StopsItself"),
+    # loaders
+    "workers": Row(data="Rows", typed=("+data.workers=2",)),
+    "workers that are kept": Row(data="Kept"),
+    "random_split in setup": Row(data="Split"),
+    "SubsetRandomSampler": Row(data="Subset"),
+    "WeightedRandomSampler": Row(data="Weighted"),
+    "a sampler's own generator": Row(data="Generated"),
+    "batch_sampler with set_epoch": Row(data="Bucketed"),
+    "batch_size=None": Row(data="Unbatched"),
+    "iterable": Row(data="Streamed"),
+    "iterable with a length": Row(data="SizedStreamed"),
+    "a loader with a state": Row(data="WithState"),
+    "a loader by hand": Row(data="WithHandmade"),
+    "loaders of the model": Row(model="HasLoaders", data="none"),
+    "several to validate": Row(
+        data="SeveralToValidate",
+        typed=("callbacks.checkpoint.monitor=val_loss/dataloader_idx_0",),
+    ),
+    "nothing to validate": Row(data="NothingToValidate"),
+    "one batch": Row(data="OneBatch"),
+    "no batch": Row(data="Empty", refused=EMPTY),
+    # batches
+    "dicts with texts": Row(model="ForDicts", data="Dicts"),
+    "dataclasses": Row(model="ForDataclasses", data="Dataclasses"),
+    "tokens": Row(
+        model="ForTokens", data="Texts", accumulated=("accumulate.weight_by=num_tokens",)
+    ),
+    "batches that are None": Row(
+        model="ForNone", data="Nones", apart=OTHER_ONES
+    ),
+    "a dict of loaders": Row(model="ForSeveral", data="DictOfLoaders"),
+    **{
+        f"CombinedLoader, {mode}": Row(
+            model="ForSeveral", data="Several", typed=(f"+data.mode={mode}",)
+        )
+        for mode in ("min_size", "max_size", "max_size_cycle")
+    },
+    "CombinedLoader, sequential": Row(
+        model="ForSeveral", data="Several", typed=("+data.mode=sequential",), refused=SEQUENTIAL
+    ),
+}
+
+
+def scheduled(name: str, interval: str, frequency: int = 1) -> Row:
+    typed = (f"+model.name={name}", f"+model.interval={interval}", f"+model.frequency={frequency}")
+    return Row(model="Scheduled", typed=typed)
