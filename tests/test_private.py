@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torchmetrics
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
@@ -40,11 +41,23 @@ def _of(make: Callable[[], object], name: str) -> bool:
     return hasattr(make(), name)
 
 
+QUIET: Any = {"logger": False, "barebones": True}
+
 HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
+    "._batches_that_stepped": (
+        "run/measured.py run/metrics.py",
+        "that a line of the step metrics, and one that waits in a checkpoint, has Lightning's step",
+        lambda: _of(lambda: pl.Trainer(**QUIET).fit_loop.epoch_loop, "_batches_that_stepped"),
+    ),
     "._buffers": (
         "memory.py",
         "that a norm's statistics are kept in the second run of a checkpointed block",
         lambda: _of(lambda: torch.nn.BatchNorm1d(1), "_buffers"),
+    ),
+    "._computed": (
+        "run/measured.py",
+        "that a mean over a continued epoch is taken anew when its first part joins it",
+        lambda: _of(torchmetrics.MeanMetric, "_computed"),
     ),
     "._device_mesh": (
         "parallel/sharded.py",
@@ -77,9 +90,13 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _of(lambda: torch.nn.Linear(1, 1), "_non_persistent_buffers_set"),
     ),
     "._results": (
-        "parallel/data_parallel.py",
-        "that what is logged in an evaluation is weighted by the samples of the batch",
-        lambda: _in("lightning.pytorch", "Trainer", "_results"),
+        "parallel/data_parallel.py run/measured.py",
+        "that what is logged in an evaluation is weighted by the samples of the batch, and that a "
+        "mean over a continued epoch is over all of it",
+        lambda: (
+            _in("lightning.pytorch", "Trainer", "_results")
+            and _of(lambda: pl.Trainer(**QUIET).fit_loop.epoch_loop, "_results")
+        ),
     ),
     "._step_supports_amp_scaling": (
         "clip.py",
@@ -93,6 +110,11 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         "parallel/data_parallel.py",
         "that a model without a trainer can log",
         lambda: _of(pl.LightningModule, "_trainer"),
+    ),
+    "._update_count": (
+        "run/measured.py",
+        "that a metric of a continued epoch knows that it was updated",
+        lambda: _of(torchmetrics.MeanMetric, "_update_count"),
     ),
     "._version": (
         "memory.py",

@@ -38,6 +38,15 @@ CASES = {
     "theirs, worker processes": (*THEIRS, "+data.workers=2", OFTEN),
     "theirs, kept workers": (*THEIRS, "+data.workers=2", "+data.persistent=true", OFTEN),
     "theirs, validation inside": (*THEIRS, "trainer.val_check_interval=0.5", OFTEN),
+    **{
+        f"zoo.models.{name}": (*THEIRS, f"model._target_=zoo.models.{name}", OFTEN,
+                               "data._target_=zoo.loaders.Rows", *watched)
+        for name, watched in {
+            "Slashes": ("callbacks.checkpoint.monitor=val/loss", "trainer.log_every_n_steps=2"),
+            "Metrics": (),
+            "Teacher": (),
+        }.items()
+    },
     "theirs, two optimizers": (*THEIRS, "model._target_=theirs.TwoOptimizers", OFTEN),
 }  # fmt: skip
 CHOSEN = tuple(CASES)

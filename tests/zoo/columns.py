@@ -17,8 +17,6 @@ from hydra.utils import instantiate
 from killing import is_same
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from zoo import models
-from zoo.table import Row
 
 from app.config import Config, check
 from app.fit import train
@@ -27,6 +25,8 @@ from app.record.folder import RunFolder
 from app.run.build import build
 from app.run.evaluation import evaluate
 from app.tuner.find import find
+from zoo import models
+from zoo.table import Row
 
 COMMON = ("model=custom", "optimizer=none", "clip=none", "callbacks.progress=null", "logger=csv",
           "trainer.accelerator=cpu", "trainer.devices=1", "trainer.max_epochs=3",

@@ -337,9 +337,7 @@ def pad(samples: list[Any]) -> dict[str, Any]:
 
 class Texts(Rows):
     def train_dataloader(self) -> Any:
-        return DataLoader(
-            Tokens(self.num_samples), self.batch_size, shuffle=True, collate_fn=pad
-        )
+        return DataLoader(Tokens(self.num_samples), self.batch_size, shuffle=True, collate_fn=pad)
 
     def val_dataloader(self) -> Any:
         return DataLoader(Tokens(8), batch_size=4, collate_fn=pad)

@@ -97,7 +97,7 @@ class Renamed(Net):
 
 
 class Migrated(Net):
-    """Halves a layer when it is saved and doubles it when it is loaded; keeps a count of its own."""
+    """Halves a layer when it is saved, doubles it when it is loaded; keeps a count of its own."""
 
     def __init__(self, lr: float = 0.1, width: int = 8) -> None:
         super().__init__(lr, width)
@@ -723,8 +723,10 @@ ALONE: dict[str, Any] = {
 class Scheduled(Net):
     """One of torch's schedulers, counted in steps or in epochs, every so often."""
 
-    def __init__(self, name: str, interval: str = "epoch", frequency: int = 1) -> None:
-        super().__init__()
+    def __init__(
+        self, name: str, interval: str = "epoch", frequency: int = 1, lr: float = 0.1
+    ) -> None:
+        super().__init__(lr)
         self.name, self.interval, self.frequency = name, interval, frequency
 
     def configure_optimizers(self) -> Any:

@@ -101,9 +101,7 @@ ROWS: dict[str, Row] = {
     "tokens": Row(
         model="ForTokens", data="Texts", accumulated=("accumulate.weight_by=num_tokens",)
     ),
-    "batches that are None": Row(
-        model="ForNone", data="Nones", apart=OTHER_ONES
-    ),
+    "batches that are None": Row(model="ForNone", data="Nones", apart=OTHER_ONES),
     "a dict of loaders": Row(model="ForSeveral", data="DictOfLoaders"),
     **{
         f"CombinedLoader, {mode}": Row(
@@ -117,6 +115,14 @@ ROWS: dict[str, Row] = {
 }
 
 
+STOCK_COUNTS = {"a": "stock counts batches, and anew in each epoch"}
+STOCK_FAILS = {"a": "stock asks for a metric of the validation before there is one"}
+
+
 def scheduled(name: str, interval: str, frequency: int = 1) -> Row:
+    """A row of a scheduler of torch."""
     typed = (f"+model.name={name}", f"+model.interval={interval}", f"+model.frequency={frequency}")
-    return Row(model="Scheduled", typed=typed)
+    apart = {} if frequency == 1 else STOCK_COUNTS
+    if interval == "step" and name == "ReduceLROnPlateau":
+        apart = STOCK_FAILS
+    return Row(model="Scheduled", typed=typed, apart=apart)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from zoo.columns import CHECKS
 from zoo.models import ALONE
 from zoo.table import ROWS, scheduled
@@ -20,6 +21,7 @@ SIZE = 6
 ALL = {
     **ROWS,
     **{f"{name}, by epoch": scheduled(name, "epoch") for name in ALONE},
+    **{f"{name}, by step": scheduled(name, "step") for name in ALONE},
     **{f"{name}, every 4 steps": scheduled(name, "step", 4) for name in ALONE},
 }
 

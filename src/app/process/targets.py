@@ -51,10 +51,17 @@ def _refuse_other_kind(
         is_one = issubclass(found, getattr(import_module(module), name))
     else:
         is_one = target.partition(".")[0] not in (*sys.stdlib_module_names, "torch", "numpy")
-    if not is_one:
+    if is_one:
+        return
+    other = "pytorch_lightning"  # the same code under another name, whose classes are others
+    if any(base.__module__.startswith(other) for base in getattr(found, "__mro__", ())):
         raise Refused(
-            f"{key}._target_ must be a {name}, got {target}; type {key}._target_=package.Class"
+            f"{key}._target_ must be a {name} of lightning.pytorch, got {target}, one of {other}; "
+            f"write `import lightning.pytorch as pl` where its file imports {other}"
         )
+    raise Refused(
+        f"{key}._target_ must be a {name}, got {target}; type {key}._target_=package.Class"
+    )
 
 
 def located(key: str, name: str) -> Callable[..., Any]:

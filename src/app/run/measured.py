@@ -25,7 +25,7 @@ class Measured:
         """In plain values, of this rank; asked for between two batches, or at an epoch's end."""
         self.go_on(trainer)
         epoch_ends = trainer.is_last_batch
-        results = dict(_results(trainer))
+        results = dict(_logged(trainer))
         # Lightning resets those which it was given, at the start of the next epoch
         given = {id(one.value) for one in results.values() if not one.is_tensor}
         for part in model.modules():
@@ -62,7 +62,7 @@ class Measured:
 
     def go_on(self, trainer: pl.Trainer) -> None:
         """Add the saved sums to those that Lightning has begun since."""
-        results = _results(trainer) if self.waiting else {}
+        results = _logged(trainer) if self.waiting else {}
         for key in self.waiting.keys() & results.keys():
             one, saved = results[key], self.waiting.pop(key)
             one.value = _joined(one.meta, one.value, saved["value"])
@@ -71,7 +71,7 @@ class Measured:
             one._computed = None
 
 
-def _results(trainer: pl.Trainer) -> Mapping[str, Any]:
+def _logged(trainer: pl.Trainer) -> Mapping[str, Any]:
     return trainer.fit_loop.epoch_loop._results
 
 
