@@ -4,28 +4,25 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from app.averaging.files import AVERAGES, RAW, keep_once, read, written
-from app.averaging.shadow import AVERAGE, Sets, Shadow, moves
-from app.averaging.twin import (
-    STATISTICS,
-    evaluate,
-    evaluator_like,
-    norms_of,
-    recompute_norms,
-    refuse_norms,
-)
+from app.averaging.norms import STATISTICS, norms_of, recompute_norms, refuse_norms
+from app.averaging.shadow import AVERAGE, Sets, Shadow, Watch, loaded_otherwise, moves
+from app.averaging.validation import Validation
 from app.errors import Refused
+from app.parallel.data_parallel import make_buffers_alike
 from app.parallel.sharded import Sharded
 
-STATE = ("num_steps", "num_updates", "moved", "ended_epoch", "norms_stale")
+STATE = ("num_steps", "num_updates", "moved", "ended_epoch", "norms_stale", "shared")
 """What a checkpoint holds of an average beside its tensors."""
 
 log = logging.getLogger(__name__)
@@ -44,8 +41,8 @@ class Averaging(pl.Callback):
     Args:
         start_step: optimizer steps trained before averaging may begin, >= 0; None: no bound.
         every_n_steps: optimizer steps from update to update; None: at the end of each epoch.
-        validate: averaged, raw or both: whose metrics a validation measures. `both` evaluates the
-            raw weights as well, on their own, and logs `raw_<metric>`, once averaging has started.
+        validate: averaged, raw or both: whose metrics a validation measures. `both` runs it on the
+            raw weights first, without a trace, and logs `raw_<metric>`, once averaging has started.
         bn_batches: training batches from which the average's BatchNorm statistics are computed; a
             checkpoint written inside an epoch without a validation holds averaged ones. None:
             averages the running statistics.
@@ -78,8 +75,10 @@ class Averaging(pl.Callback):
         self._delivered = False
         self._sharded: Sharded | None = None
         self._shadow: Shadow | None = None
-        self._evaluator: pl.Trainer | None = None
+        self._watch: Watch | None = None  # while a validation runs
+        self._shared: list[str] = []  # buffers that a validation has changed
         self._restored: Sets | None = None
+        self._edited: dict[str, Tensor] = {}
         self._raw_metrics: dict[str, float] = {}
 
     def first_epoch(self, trainer: pl.Trainer) -> int | None:
@@ -121,7 +120,10 @@ class Averaging(pl.Callback):
             shadow.update(self.weight(num_updates=num_updates))
 
     def averages(self, name: str, tensor: Tensor) -> bool:
-        """Whether a floating parameter or buffer is averaged; if not, both models share it."""
+        """Whether a floating parameter or buffer is averaged; if not, both models share it.
+
+        A buffer that a validation changes, other than a BatchNorm's, is never asked for again.
+        """
         return moves(name, tensor)
 
     def begin_at_once(self) -> None:
@@ -171,7 +173,9 @@ class Averaging(pl.Callback):
     ) -> None:
         if trainer.state.fn == "fit" and RAW in checkpoint:
             self._restored = checkpoint.pop(AVERAGES)
-            read(trainer, pl_module, checkpoint)
+            loaded = loaded_otherwise(pl_module, self._restored[AVERAGE], self._averages)
+            asks = trainer.strategy.reduce_boolean_decision(bool(loaded), all=False)
+            self._edited = loaded if read(trainer, pl_module, checkpoint, asks=asks) else {}
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -200,7 +204,7 @@ class Averaging(pl.Callback):
         if self.bn_batches is not None:
             refuse_norms(trainer, pl_module)
         if self.validate == "both":
-            self._evaluator = evaluator_like(trainer)
+            _validation_of(trainer).before = partial(self._measure_raw, trainer)
         if self._shadow is None:
             self._resume(pl_module)
         self._handles = [
@@ -226,14 +230,15 @@ class Averaging(pl.Callback):
             self._end_epoch(trainer.current_epoch, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._raw_metrics = {}
-        if self._shadow is None:
+        if trainer.state.fn != "fit":
             return
-        self._refresh_norms(trainer, pl_module)
-        if self._evaluator is not None:
-            self._raw_metrics = evaluate(trainer, pl_module, self._evaluator)
-        if self.validate != "raw":
-            self._swap(self._shadow)
+        if self._shadow is not None:
+            self._refresh_norms(trainer, pl_module)
+            if self.validate != "raw":
+                self._swap(self._shadow)
+        make_buffers_alike(trainer, pl_module)
+        norms = [f"{name}.{key}" for name, _ in norms_of(pl_module) for key in STATISTICS]
+        self._watch = Watch(pl_module, apart_from=norms)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for name, value in self._raw_metrics.items():
@@ -241,6 +246,8 @@ class Averaging(pl.Callback):
             pl_module.log(f"raw_{name}", value, sync_dist=trainer.world_size > 1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._share_changed()
+        self._watch, self._raw_metrics = None, {}
         self._show_raw()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -282,14 +289,32 @@ class Averaging(pl.Callback):
         """Let go of what one fit held; the model keeps what it shows."""
         self._remove_hooks()
         self._show_raw()
-        self._shadow, self._evaluator, self._sharded, self._restored = None, None, None, None
+        self._shadow, self._sharded, self._restored, self._watch = None, None, None, None
+        self._edited = {}
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
+    def _averages(self, name: str, tensor: Tensor) -> bool:
+        return name not in self._shared and self.averages(name, tensor)
+
+    def _measure_raw(self, trainer: pl.Trainer) -> None:
+        if self._shadow is not None:
+            self._raw_metrics = _validation_of(trainer).measure()
+
+    def _share_changed(self) -> None:
+        """Let both models have the buffers that this validation has changed up to now."""
+        changed = self._watch.changed() if self._watch is not None else ()
+        if changed:
+            self._shared = sorted({*self._shared, *changed})
+            if self._shadow is not None:
+                self._shadow.share(self._shared)
+
     def _swap(self, shadow: Shadow) -> None:
+        if shadow.average_is_live:
+            self._share_changed()
         if self._sharded is not None:
             self._sharded.free_gathered()  # what was gathered before would not know of the swap
         shadow.swap()
@@ -322,7 +347,7 @@ class Averaging(pl.Callback):
         if not due:
             return
         if self._shadow is None:
-            self._shadow = Shadow(pl_module, self.averages)
+            self._shadow = Shadow(pl_module, self._averages)
             log.info(
                 f"averaging={type(self).__name__.lower()} starts at optimizer step "
                 f"{self._num_steps}"
@@ -375,6 +400,7 @@ class Averaging(pl.Callback):
 
     def _resume(self, pl_module: pl.LightningModule) -> None:
         restored, self._restored = self._restored, None
+        edited, self._edited = self._edited, {}
         if self._num_updates == 0:
             if restored is not None:
                 log.info("the checkpoint is of another kind of average: this one starts anew")
@@ -384,7 +410,7 @@ class Averaging(pl.Callback):
                 "the checkpoint holds an average but no raw weights: it was written after its run "
                 "had ended; training goes on from the average"
             )
-        self._shadow = Shadow(pl_module, self.averages, restored)
+        self._shadow = Shadow(pl_module, self._averages, restored, edited)
         self._note_norms(pl_module)
 
 
@@ -394,6 +420,14 @@ class AveragingTrainer(pl.Trainer):
     All of them: of each callback, of the user's own hooks, with weights only, of an exception. What
     the model makes of its weights there it makes of the average; `Averaging` adds the raw ones.
     """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        loop = self.fit_loop.epoch_loop
+        loop.val_loop = Validation(
+            self, TrainerFn.FITTING, RunningStage.VALIDATING, verbose=loop.val_loop.verbose,
+            inference_mode=loop.val_loop.inference_mode,
+        )  # fmt: skip
 
     def save_checkpoint(
         self, filepath: Any, weights_only: bool | None = None, storage_options: Any | None = None
@@ -407,6 +441,12 @@ def averages_of(trainer: pl.Trainer) -> list[Averaging]:
     """The averages among the callbacks of a trainer."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, Averaging)]
+
+
+def _validation_of(trainer: pl.Trainer) -> Validation:
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    assert isinstance(loop, Validation)
+    return loop
 
 
 def _stops_here(trainer: pl.Trainer) -> bool:

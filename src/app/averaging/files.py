@@ -1,7 +1,7 @@
 """What a checkpoint holds of weights that are shown in two ways."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -33,14 +33,52 @@ def written(
     }
 
 
-def read(trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+def read(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any], *, asks: bool
+) -> bool:
     """Load what `written` gave, as Lightning loads a checkpoint, which then is of the raw weights.
 
     The model has loaded the average before: its `on_load_checkpoint` runs a second time.
+
+    Args:
+        asks: whether it matters if the model edits what it loads; alike on all ranks.
+
+    Returns:
+        Whether it does: what it would now write is not what it was given. False where not asked.
     """
-    checkpoint.update(checkpoint.pop(RAW))
+    raw = checkpoint.pop(RAW)
+    given = {path: (value, _version(value)) for path, value in _leaves(raw)} if asks else {}
+    checkpoint.update(raw)
     pl_module.on_load_checkpoint(checkpoint)
     trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
+    if not asks:
+        return False
+    is_edited = any(_version(value) != version for value, version in given.values())
+    now = dict(_leaves(written(trainer, pl_module, checkpoint)))
+    if trainer.is_global_zero and not is_edited:  # what is sharded is gathered there
+        is_edited = given.keys() != now.keys() or not all(
+            _alike(value, now[path]) for path, (value, _) in given.items()
+        )
+    return bool(trainer.strategy.broadcast(is_edited))
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """What a nest of mappings holds, by path."""
+    if not isinstance(value, Mapping):
+        yield path, value
+        return
+    for key, item in value.items():
+        yield from _leaves(item, f"{path}.{key}")
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) else 0
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other.to(one))
+    return type(one) is type(other) and (one is other or not isinstance(one, Tensor))
 
 
 def keep_once(gathered: dict[str, Any], others: Mapping[str, Any]) -> None:

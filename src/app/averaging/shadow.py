@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parameter import is_lazy
 
 from app.errors import Refused
 
@@ -31,6 +32,7 @@ class Shadow:
     Args:
         wanted: whether a floating parameter or persistent buffer is averaged, by name and value.
         restored: what `whole_sets` gave, to go on from; what it names is averaged, wanted or not.
+        edited: what the average is, of this rank's shards, in place of what `restored` says.
 
     Raises:
         Refused: where the module lacks a tensor of `restored`.
@@ -44,6 +46,7 @@ class Shadow:
         module: torch.nn.Module,
         wanted: Callable[[str, Tensor], bool] = moves,
         restored: Sets | None = None,
+        edited: Mapping[str, Tensor] | None = None,
     ) -> None:
         restored = restored or {AVERAGE: {}}
         self.average_is_live = False
@@ -53,7 +56,7 @@ class Shadow:
         self._raw: dict[str, Tensor] = {}  # while the average is live
         self._live: dict[str, Tensor] = {}
         self._scan(restored[AVERAGE])
-        self._restore(restored)
+        self._restore(restored, edited or {})
 
     def scan(self) -> None:
         """List the tensors anew; new ones join each set with their present value."""
@@ -119,6 +122,13 @@ class Shadow:
             if name in names and average.dtype != self._live[name].dtype:
                 average.copy_(self._live[name])
 
+    def share(self, names: Container[str]) -> None:
+        """Average these no more: from now on both models hold what the module now has of them."""
+        for kept in (*self.sets.values(), self._raw, self._live):
+            for name in [name for name in kept if name in names]:
+                del kept[name]
+        self.scan()
+
     def whole_sets(self, *, here: bool) -> dict[str, dict[str, Tensor]]:
         """The sets with whole tensors, gathered from all ranks, which all call it; empty elsewhere.
 
@@ -164,21 +174,73 @@ class Shadow:
         self._groups = [*groups.values()]
         self._is_sharded = any(isinstance(tensor, DTensor) for tensor in self._live.values())
 
-    def _restore(self, restored: Sets) -> None:
-        if missing := restored[AVERAGE].keys() - self._live.keys():
+    def _restore(self, restored: Sets, edited: Mapping[str, Tensor]) -> None:
+        missing = restored[AVERAGE].keys() - self._live.keys()
+        if missing and not edited:
             raise Refused(
                 f"the checkpoint holds an average of weights that {type(self._module).__name__} "
                 f"has not: {', '.join(sorted(missing))}; resume with the model it was written with"
             )
         for label, tensors in restored.items():
-            for name, whole in tensors.items():
-                self.sets[label][name].copy_(_part(whole, self._live[name]))
+            for name in tensors.keys() - missing - edited.keys():
+                self.sets[label][name].copy_(_part(tensors[name], self._live[name]))
+        for name in edited.keys() & self._live.keys():
+            self.sets[AVERAGE][name].copy_(edited[name])
 
     def _follow_buffers(self) -> None:
         for slots, key, tensor in self._buffers:
             if slots.get(key) is not tensor:  # assigned to, not changed in place
                 self.scan()
                 return
+
+
+class Watch:
+    """Finds the floating buffers that were changed since it was made.
+
+    Args:
+        module: of which they are.
+        apart_from: names of those that are of no interest.
+    """
+
+    def __init__(self, module: torch.nn.Module, *, apart_from: Container[str] = ()) -> None:
+        self._module, self._apart_from = module, apart_from
+        self._before = {name: now.detach().clone() for name, now in self._buffers()}
+
+    def changed(self) -> set[str]:
+        """The names of those that hold other values, or are new."""
+        return {
+            name
+            for name, now in self._buffers()
+            if name not in self._before or not _same_values(self._before[name], now)
+        }
+
+    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
+        for name, slots, tensor in _floating(self._module):
+            if slots is not None and name not in self._apart_from:
+                yield name, tensor
+
+
+def loaded_otherwise(
+    module: torch.nn.Module, average: Mapping[str, Tensor], wanted: Callable[[str, Tensor], bool]
+) -> dict[str, Tensor]:
+    """Copies of what a module has loaded in place of an average, where that is not the average.
+
+    Of sharded tensors, this rank's shards.
+    """
+    found = {}
+    for name, _, tensor in _floating(module):
+        shard = _shard(tensor.detach())
+        if name in average and average[name].shape == tensor.shape:
+            part = _part(average[name], tensor).to(shard)
+            if not _same_values(part, shard):
+                found[name] = _wide_copy(shard)
+        elif name in average or wanted(name, tensor):
+            found[name] = _wide_copy(shard)
+    return found
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _shard(tensor: Tensor) -> Tensor:
@@ -220,11 +282,13 @@ def _floating(
     A tied one has its first name; a buffer that modules share comes once for each.
     """
     for name, parameter in module.named_parameters():
+        if is_lazy(parameter):  # no batch has told its shape yet
+            continue
         if parameter.is_floating_point() or parameter.is_complex():
             yield name, None, parameter
     for prefix, owner in module.named_modules():
         for key, buffer in owner._buffers.items():
-            if buffer is None or key in owner._non_persistent_buffers_set:
+            if buffer is None or key in owner._non_persistent_buffers_set or is_lazy(buffer):
                 continue
             if buffer.is_floating_point() or buffer.is_complex():
                 yield f"{prefix}.{key}" if prefix else key, owner._buffers, buffer

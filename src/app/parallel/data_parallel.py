@@ -59,10 +59,7 @@ class DataParallel(pl.Callback):
             loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._share.size > 1:
-            for buffer in pl_module.buffers():
-                if type(buffer) is Tensor and buffer.device == trainer.strategy.root_device:
-                    torch.distributed.broadcast(buffer, src=0)
+        make_buffers_alike(trainer, pl_module)
 
     def loaders(self, name: str, loaders: Any) -> Any:
         """What serves this rank's share of what a method of this name has returned."""
@@ -116,6 +113,14 @@ class DataParallel(pl.Callback):
                 # Lightning takes the mean of whole numbers over the ranks, rounded down
                 settings["batch_size"] = float(size)
         log(name, value, *args, **settings)
+
+
+def make_buffers_alike(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Give every rank the buffers of rank 0; all of them call it."""
+    if share_of(trainer).size > 1:
+        for buffer in pl_module.buffers():
+            if type(buffer) is Tensor and buffer.device == trainer.strategy.root_device:
+                torch.distributed.broadcast(buffer, src=0)
 
 
 def settle_buckets(parallel: DistributedDataParallel, model: pl.LightningModule) -> None:
