@@ -128,7 +128,7 @@ def composed(*overrides: str) -> Any:
 
 FOLDER = Path(conf.__file__).parent / "averaging"
 PRESETS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "none")
-SHORT = {"ema": {"decay": 0.5}, "swa": {"lr": None, "anneal_epochs": 1}}
+SHORT = {"ema": {"decay": 0.5}, "swa": {"lr_factor": None, "anneal_epochs": 1}}
 """What a preset takes to act in a run of sixteen steps, and to leave the raw weights alone."""
 
 
@@ -998,8 +998,8 @@ def test_every_preset_becomes_its_class(preset):
         ),
         (
             ["averaging=swa", "averaging.lr=[0.1,-1]"],
-            "averaging.lr must be > 0, or a list of such numbers, got [0.1, -1]; to leave the "
-            "schedule alone type averaging.lr=null",
+            "averaging.lr must be > 0, or a list of such numbers, got [0.1, -1]; for a share "
+            "of the run's rate type averaging.lr=null averaging.lr_factor=0.5",
         ),
         (
             ["averaging=swa", "averaging.anneal_steps=5"],

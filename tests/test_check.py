@@ -50,7 +50,8 @@ KEYS = {
     ("model=custom", "model._target_=theirs.LitModel", "+model.lr=nan"): "model.lr must be a "
     "number, got nan; leave it out, or type a number",
     ("averaging=swa", "averaging.lr=[0.1,nan]"): "averaging.lr must be > 0, or a list of such "
-    "numbers, got [0.1, nan]; to leave the schedule alone type averaging.lr=null",
+    "numbers, got [0.1, nan]; for a share of the run's rate type averaging.lr=null "
+    "averaging.lr_factor=0.5",
     ("averaging=ema", "averaging.start_epoch=-1"): "averaging.start_epoch must be >= 0, got -1; "
     "for no bound type averaging.start_epoch=null",
     ("trainer.max_minutes=inf",): "trainer.max_minutes must be <= 5270400, got inf; for no limit "

@@ -120,13 +120,18 @@ class Swa(Averaging):
         above=0,
         at_most=LARGEST_RATE,
         rule="be > 0, or a list of such numbers",
-        instead="to leave the schedule alone type {key}=null",
+        instead="for a share of the run's rate type {key}=null averaging.lr_factor=0.5",
     )
-    """Learning rate, > 0, that every parameter group is brought to from the start on, whatever the
-    scheduler says: a number, or a list with one for each group of all optimizers; null: the
-    schedule goes on."""
+    """Learning rate, > 0, at most ten times the run's, that every parameter group is brought to
+    from the start on, whatever the scheduler says: a number, or a list with one for each group of
+    all optimizers; null: by `lr_factor`."""
+    lr_factor: float | None = number(
+        above=0, at_most=10, instead="to leave the schedule alone type {key}=null"
+    )
+    """The same as a share, above 0 to 10, of the rate that each group has at the start, where `lr`
+    is null; null as well: the schedule goes on."""
     anneal_epochs: int | None = count(at_least=0, instead="type {key}=1")
-    """Epochs from the rate at the start to `lr`, >= 0; null where `anneal_steps` is given."""
+    """Epochs from the rate at the start to that one, >= 0; null where `anneal_steps` is given."""
     anneal_steps: int | None = count(at_least=0, instead="type {key}=1")
     """The same in optimizer steps, >= 0, instead of `anneal_epochs`."""
     anneal_strategy: Anneal = MISSING
@@ -143,8 +148,8 @@ class Swa(Averaging):
         rates = self.lr if isinstance(self.lr, list) else [self.lr]
         require(
             all(rate is None or isinstance(rate, int | float) for rate in rates),
-            f"averaging.lr must be > 0, or a list of such numbers, got {self.lr}; to leave the "
-            "schedule alone type averaging.lr=null",
+            f"averaging.lr must be > 0, or a list of such numbers, got {self.lr}; for a share of "
+            "the run's rate type averaging.lr=null averaging.lr_factor=0.5",
         )
         require(
             (self.anneal_epochs is None) != (self.anneal_steps is None),

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -237,8 +237,7 @@ class Averaging(pl.Callback):
             if self.validate != "raw":
                 self._swap(self._shadow)
         make_buffers_alike(trainer, pl_module)
-        norms = [f"{name}.{key}" for name, _ in norms_of(pl_module) for key in STATISTICS]
-        self._watch = Watch(pl_module, apart_from=norms)
+        self._watch = Watch(pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for name, value in self._raw_metrics.items():
@@ -246,7 +245,7 @@ class Averaging(pl.Callback):
             pl_module.log(f"raw_{name}", value, sync_dist=trainer.world_size > 1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._share_changed()
+        self._share_changed(pl_module)
         self._watch, self._raw_metrics = None, {}
         self._show_raw()
 
@@ -304,17 +303,22 @@ class Averaging(pl.Callback):
         if self._shadow is not None:
             self._raw_metrics = _validation_of(trainer).measure()
 
-    def _share_changed(self) -> None:
-        """Let both models have the buffers that this validation has changed up to now."""
-        changed = self._watch.changed() if self._watch is not None else ()
+    def _share_changed(self, pl_module: nn.Module) -> None:
+        """Let both models have the buffers that this validation has changed up to now.
+
+        Not those of a BatchNorm, which belong to the weights.
+        """
+        changed = self._watch.changed() if self._watch is not None else set()
         if changed:
-            self._shared = sorted({*self._shared, *changed})
+            changed -= {f"{norm}.{key}" for norm, _ in norms_of(pl_module) for key in STATISTICS}
+        if changed:
+            self._shared = sorted(changed.union(self._shared))
             if self._shadow is not None:
                 self._shadow.share(self._shared)
 
     def _swap(self, shadow: Shadow) -> None:
         if shadow.average_is_live:
-            self._share_changed()
+            self._share_changed(shadow.module)
         if self._sharded is not None:
             self._sharded.free_gathered()  # what was gathered before would not know of the swap
         shadow.swap()

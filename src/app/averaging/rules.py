@@ -144,19 +144,23 @@ class Swa(Averaging):
 
     Args:
         start: epochs trained before (int), or that share of trainer.max_epochs (float); or None.
-        lr: the rate, > 0, one for all or a list with one a group; None leaves the schedule alone.
-        anneal_epochs: epochs from the rate at the start to `lr`, >= 0; or None.
+        lr: the rate, > 0, one for all or a list with one a group; or None.
+        lr_factor: the rate where `lr` is None, > 0, as a share of what each group's is when
+            averaging begins; None as well leaves the schedule alone.
+        anneal_epochs: epochs from the rate at the start to that one, >= 0; or None.
         anneal_steps: the same in optimizer steps, >= 0; or None.
         anneal_strategy: cos or linear.
         start_step, every_n_steps, validate, bn_batches: see `Averaging`.
 
     Raises:
-        Refused: where `lr` is a list of another length than there are parameter groups, or
-            `start` a share of a run without a number of epochs.
+        Refused: where `lr` is a list of another length than there are parameter groups, or more
+            than ten times the rate of a group, or `start` a share of a run without a number of
+            epochs.
     """
 
     start: int | float | None
     lr: float | list[float] | None
+    lr_factor: float | None
     anneal_epochs: int | None
     anneal_steps: int | None
     anneal_strategy: str
@@ -168,7 +172,7 @@ class Swa(Averaging):
 
     def begin_at_once(self) -> None:
         super().begin_at_once()
-        self.start = self.lr = None
+        self.start = self.lr = self.lr_factor = None
 
     def first_epoch(self, trainer: pl.Trainer) -> int | None:
         if self.start is None:
@@ -176,25 +180,36 @@ class Swa(Averaging):
         return first_epoch(start=self.start, max_epochs=trainer.max_epochs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        num_groups = sum(len(optimizer.param_groups) for optimizer in trainer.optimizers)
-        if isinstance(self.lr, list) and len(self.lr) != num_groups:
+        groups = _groups(trainer)
+        model = type(pl_module).__name__
+        if isinstance(self.lr, list) and len(self.lr) != len(groups):
             raise Refused(
-                f"averaging.lr must be one number, or {num_groups} for the parameter groups of "
-                f"{type(pl_module).__name__}, got {self.lr}; type averaging.lr={self.lr[0]}"
+                f"averaging.lr must be one number, or {len(groups)} for the parameter groups of "
+                f"{model}, got {self.lr}; type averaging.lr={self.lr[0]}"
             )
+        for index, group in enumerate(groups if self.lr is not None else ()):
+            rate = max(float(group.get(key) or 0) for key in ("lr", "initial_lr", "max_lr"))
+            typed = self.lr[index] if isinstance(self.lr, list) else self.lr
+            if rate and typed is not None and typed > 10 * rate * (1 + 1e-9):
+                raise Refused(
+                    f"averaging.lr must be at most ten times the rate of the run, which is "
+                    f"{rate:g} in parameter group {index} of {model}, got {typed:g}; for half of "
+                    "the run's rate type averaging.lr=null averaging.lr_factor=0.5"
+                )
         super().on_train_start(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         epoch = trainer.current_epoch
-        if self.lr is None or not self.has_started(step=self._num_steps, epoch=epoch):
+        is_scheduled = self.lr is None and self.lr_factor is None
+        if is_scheduled or not self.has_started(step=self._num_steps, epoch=epoch):
             return
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        groups = _groups(trainer)
         if not self._rates:
             self._annealing_since = [epoch, self._num_steps]
         self._rates += [float(group["lr"]) for group in groups[len(self._rates) :]]
-        targets = self.lr if isinstance(self.lr, list) else [self.lr] * len(groups)
+        targets = self._targets(pl_module, epoch)
         progress = self._annealing_progress(epoch)
         for group, rate, target in zip(groups, self._rates, targets, strict=True):
             value = annealed(
@@ -214,12 +229,33 @@ class Swa(Averaging):
         self._rates = list(state_dict["rates"])
         self._annealing_since = list(state_dict["annealing_since"])
 
+    def _targets(self, pl_module: pl.LightningModule, epoch: int) -> list[float]:
+        """The rate of each group at the end of the annealing."""
+        if self.lr is None:
+            assert self.lr_factor is not None
+            return [self.lr_factor * rate for rate in self._rates]
+        if not isinstance(self.lr, list):
+            return [self.lr] * len(self._rates)
+        if len(self.lr) != len(self._rates):
+            raise Refused(
+                f"averaging.lr must have a rate for each of the {len(self._rates)} parameter "
+                f"groups of {type(pl_module).__name__}, of which some were added in epoch {epoch}, "
+                f"got {self.lr}; type one rate for all, averaging.lr={self.lr[0]}, or "
+                "averaging.lr=null for averaging.lr_factor"
+            )
+        return self.lr
+
     def _annealing_progress(self, epoch: int) -> float:
         since_epoch, since_step = self._annealing_since
         if self.anneal_steps is not None:
             return _share(self._num_steps - since_step, self.anneal_steps)
         assert self.anneal_epochs is not None
         return _share(epoch - since_epoch, self.anneal_epochs)
+
+
+def _groups(trainer: pl.Trainer) -> list[dict[str, Any]]:
+    """The parameter groups of all optimizers."""
+    return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
 
 
 def _share(done: int, whole: int) -> float:

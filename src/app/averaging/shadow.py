@@ -38,6 +38,7 @@ class Shadow:
         Refused: where the module lacks a tensor of `restored`.
 
     Attributes:
+        module: of which they are.
         sets: the tensors, by the label of the set and the name of the tensor.
     """
 
@@ -51,7 +52,7 @@ class Shadow:
         restored = restored or {AVERAGE: {}}
         self.average_is_live = False
         self.sets: dict[str, dict[str, Tensor]] = {label: {} for label in restored}
-        self._module = module
+        self.module = module
         self._wanted = wanted
         self._raw: dict[str, Tensor] = {}  # while the average is live
         self._live: dict[str, Tensor] = {}
@@ -153,7 +154,7 @@ class Shadow:
     def _scan(self, keep: Container[str]) -> None:
         self._live, self._buffers = {}, []
         seen = set()
-        for name, slots, tensor in _floating(self._module):
+        for name, slots, tensor in _floating(self.module):
             if id(tensor) in seen or not (name in keep or self._wanted(name, tensor)):
                 continue
             for kept in [] if self.average_is_live else self.sets.values():
@@ -178,7 +179,7 @@ class Shadow:
         missing = restored[AVERAGE].keys() - self._live.keys()
         if missing and not edited:
             raise Refused(
-                f"the checkpoint holds an average of weights that {type(self._module).__name__} "
+                f"the checkpoint holds an average of weights that {type(self.module).__name__} "
                 f"has not: {', '.join(sorted(missing))}; resume with the model it was written with"
             )
         for label, tensors in restored.items():
@@ -195,28 +196,25 @@ class Shadow:
 
 
 class Watch:
-    """Finds the floating buffers that were changed since it was made.
+    """Finds the floating buffers of a module that were changed since it was made."""
 
-    Args:
-        module: of which they are.
-        apart_from: names of those that are of no interest.
-    """
-
-    def __init__(self, module: torch.nn.Module, *, apart_from: Container[str] = ()) -> None:
-        self._module, self._apart_from = module, apart_from
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
         self._before = {name: now.detach().clone() for name, now in self._buffers()}
+        self._lazy = {name for name, buffer in module.named_buffers() if is_lazy(buffer)}
 
     def changed(self) -> set[str]:
         """The names of those that hold other values, or are new."""
         return {
             name
             for name, now in self._buffers()
-            if name not in self._before or not _same_values(self._before[name], now)
+            if name not in self._lazy
+            and (name not in self._before or not _same_values(self._before[name], now))
         }
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         for name, slots, tensor in _floating(self._module):
-            if slots is not None and name not in self._apart_from:
+            if slots is not None:
                 yield name, tensor
 
 
