@@ -13,7 +13,15 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from test_averaging import (
-    Recorder, composed, data, ema, read, swa, trainer_for, uniform, weights,
+    Recorder,
+    composed,
+    data,
+    ema,
+    read,
+    swa,
+    trainer_for,
+    uniform,
+    weights,
 )  # fmt: skip
 from test_averaging import pytestmark as warnings_of_lightning
 from torch import Tensor, nn
@@ -67,7 +75,7 @@ def run(tmp_path: Path, make: Callable[[], Any], *callbacks: Callback, **changes
     return model, trace, trainer
 
 
-# ----------------------------------------------------------- st-detach, st-migrate: files and models
+# ---------------------------------------------------------- st-detach, st-migrate: files and models
 
 
 class Detaches(Net):
@@ -242,7 +250,7 @@ def test_st_migrate_reaches_the_average_and_the_raw_weights(tmp_path: Path, make
     assert not torch.equal(begun["raw"]["body.0.bias"], begun["average"]["body.0.bias"])
 
 
-# --------------------------------------------------------------- st-buffer: what a validation writes
+# -------------------------------------------------------------- st-buffer: what a validation writes
 
 
 class Threshold(Net):
@@ -506,7 +514,7 @@ def test_st_both_the_raw_validation_is_the_fits_own_and_leaves_no_trace(
 
 
 def test_st_both_measures_the_raw_weights(tmp_path: Path) -> None:
-    model, trace, trainer = run(tmp_path, Net, ema(validate="both", decay=0.9))
+    _, trace, trainer = run(tmp_path, Net, ema(validate="both", decay=0.9))
     raw = Net()
     raw.load_state_dict(trace.steps[-1])
     [expected] = trainer_for(tmp_path).validate(raw, data(), verbose=False)
@@ -561,7 +569,7 @@ def test_st_both_and_bn_batches_copy_no_model(tmp_path: Path, validate: str) -> 
     assert model.body[1].momentum == 0.1
 
 
-# ------------------------------------------------------------------------- st-lazy, st-group, sc-swa
+# ------------------------------------------------------------------------ st-lazy, st-group, sc-swa
 
 
 class LazyNet(Net):
@@ -626,7 +634,7 @@ def test_st_group_added_later_than_a_list_of_rates_is_named(tmp_path: Path) -> N
 
 def test_st_group_added_later_follows_the_factor_and_one_rate(tmp_path: Path) -> None:
     for changes, expected in (({"lr": 0.02}, [0.02, 0.02]), ({"lr_factor": 0.5}, [0.025, 0.005])):
-        model, _, trainer = run(tmp_path, GrowsGroup, swa(start=1, anneal_epochs=0, **changes))
+        _, _, trainer = run(tmp_path, GrowsGroup, swa(start=1, anneal_epochs=0, **changes))
         rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
         assert rates == pytest.approx(expected)
 

@@ -75,14 +75,29 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _of(ModelParallelStrategy, "_layer_sync"),
     ),
     "._iterator": (
-        "averaging/twin.py",
+        "averaging/norms.py",
         "that the second loader over the same data has workers of its own",
         lambda: DataLoader(torch.zeros(1))._iterator is None,
     ),
-    "._metric_attributes": (
-        "averaging/twin.py",
-        "that the copy of a model logs the copies of its metrics",
-        lambda: _of(pl.LightningModule, "_metric_attributes"),
+    "._combined_loader": (
+        "averaging/validation.py",
+        "that the raw weights are validated on the loaders of the fit, not on new ones",
+        lambda: _of(lambda: pl.Trainer().validate_loop, "_combined_loader"),
+    ),
+    "._last_val_dl_reload_epoch": (
+        "averaging/validation.py",
+        "that the raw weights are validated on the loaders of the fit, not on new ones",
+        lambda: _of(lambda: pl.Trainer().validate_loop, "_last_val_dl_reload_epoch"),
+    ),
+    "._max_batches": (
+        "averaging/validation.py",
+        "that the raw weights are validated on as many batches as the average",
+        lambda: _of(lambda: pl.Trainer().validate_loop, "_max_batches"),
+    ),
+    "._module_mode": (
+        "run/modes.py",
+        "that a checkpoint of a validation holds the modes of training",
+        lambda: pl.Trainer().validate_loop._module_mode.mode == {},
     ),
     "._non_persistent_buffers_set": (
         "averaging/shadow.py",
@@ -117,14 +132,19 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _of(torchmetrics.MeanMetric, "_update_count"),
     ),
     "._version": (
-        "memory.py",
-        "that a block which changes a buffer in place is not checkpointed",
+        "averaging/files.py memory.py",
+        "that a model which edits what it loads, and a block which changes a buffer, are noticed",
         lambda: _of(lambda: torch.zeros(1), "_version"),
     ),
     "lightning.fabric.utilities.init._materialize_distributed_module": (
         "parallel/sharded.py",
         "that a model made on the meta device gets its first weights",
         lambda: _in("lightning.fabric.utilities.init", "_materialize_distributed_module"),
+    ),
+    "lightning.pytorch.loops.evaluation_loop._EvaluationLoop": (
+        "averaging/validation.py",
+        "that the raw weights are measured when, and as, a fit validates",
+        lambda: _in("lightning.pytorch.loops.evaluation_loop", "_EvaluationLoop", "run"),
     ),
     "lightning.pytorch.utilities.rank_zero_only.rank =": (
         "launch/local.py",
@@ -147,7 +167,7 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _in("torch.nn.modules.batchnorm", "_NormBase"),
     ),
     "torch.utils._pytree": (
-        "averaging/twin.py parallel/data_parallel.py tuner/probe.py",
+        "averaging/norms.py parallel/data_parallel.py tuner/probe.py",
         "that what a batch, or a model, holds is found in any nest of containers",
         lambda: _in("torch.utils._pytree", "tree_map"),
     ),

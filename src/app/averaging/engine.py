@@ -4,11 +4,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -167,6 +165,9 @@ class Averaging(pl.Callback):
                 "averaging must be one average a run, got several; keep one of the callbacks"
             )
         self._sharded = trainer.strategy if isinstance(trainer.strategy, Sharded) else None
+        if self.validate == "both":
+            loop = trainer.fit_loop.epoch_loop
+            loop.val_loop = Validation(trainer, self._measure_raw, instead_of=loop.val_loop)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -203,8 +204,6 @@ class Averaging(pl.Callback):
         self._first_epoch = self.first_epoch(trainer)
         if self.bn_batches is not None:
             refuse_norms(trainer, pl_module)
-        if self.validate == "both":
-            _validation_of(trainer).before = partial(self._measure_raw, trainer)
         if self._shadow is None:
             self._resume(pl_module)
         self._handles = [
@@ -299,9 +298,9 @@ class Averaging(pl.Callback):
     def _averages(self, name: str, tensor: Tensor) -> bool:
         return name not in self._shared and self.averages(name, tensor)
 
-    def _measure_raw(self, trainer: pl.Trainer) -> None:
+    def _measure_raw(self, validation: Validation) -> None:
         if self._shadow is not None:
-            self._raw_metrics = _validation_of(trainer).measure()
+            self._raw_metrics = validation.measure()
 
     def _share_changed(self, pl_module: nn.Module) -> None:
         """Let both models have the buffers that this validation has changed up to now.
@@ -425,14 +424,6 @@ class AveragingTrainer(pl.Trainer):
     the model makes of its weights there it makes of the average; `Averaging` adds the raw ones.
     """
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        loop = self.fit_loop.epoch_loop
-        loop.val_loop = Validation(
-            self, TrainerFn.FITTING, RunningStage.VALIDATING, verbose=loop.val_loop.verbose,
-            inference_mode=loop.val_loop.inference_mode,
-        )  # fmt: skip
-
     def save_checkpoint(
         self, filepath: Any, weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:
@@ -445,12 +436,6 @@ def averages_of(trainer: pl.Trainer) -> list[Averaging]:
     """The averages among the callbacks of a trainer."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, Averaging)]
-
-
-def _validation_of(trainer: pl.Trainer) -> Validation:
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    assert isinstance(loop, Validation)
-    return loop
 
 
 def _stops_here(trainer: pl.Trainer) -> bool:

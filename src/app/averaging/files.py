@@ -47,7 +47,7 @@ def read(
         Whether it does: what it would now write is not what it was given. False where not asked.
     """
     raw = checkpoint.pop(RAW)
-    given = {path: (value, _version(value)) for path, value in _leaves(raw)} if asks else {}
+    given = {path: (value, _num_changes(value)) for path, value in _leaves(raw)} if asks else {}
     checkpoint.update(raw)
     pl_module.on_load_checkpoint(checkpoint)
     trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
@@ -71,7 +71,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(item, f"{path}.{key}")
 
 
-def _version(value: Any) -> int:
+def _num_changes(value: Any) -> int:
     return value._version if isinstance(value, Tensor) else 0
 
 

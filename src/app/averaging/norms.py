@@ -68,10 +68,9 @@ def recompute_norms(
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             with trainer.precision_plugin.train_step_context():
                 pl_module.training_step(*([batch, index] if takes_index else [batch]))
-        for name, norm in norms.items():
+        for norm in norms.values():
             for key in STATISTICS:
-                means[norm, key] = mean_over_ranks(trainer, norm.get_buffer(key))
-                means[norm, key] = means[norm, key].clone()
+                means[norm, key] = mean_over_ranks(trainer, norm.get_buffer(key)).clone()
     for (norm, key), mean in means.items():
         norm.get_buffer(key).copy_(mean)
     return True

@@ -21,16 +21,29 @@ HOOKS = [
 class Validation(_EvaluationLoop):
     """Lightning's validation inside a fit, with something to do first.
 
-    Attributes:
-        before: called whenever a validation is about to begin; None: nothing.
+    Args:
+        trainer: of the fit.
+        before: called with this whenever a validation is about to begin.
+        instead_of: the one whose place it takes, with all that it knows.
     """
 
-    before: Callable[[], None] | None = None
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        before: Callable[["Validation"], None] | None = None,
+        instead_of: _EvaluationLoop | None = None,
+    ) -> None:
+        super().__init__(
+            trainer, TrainerFn.FITTING, RunningStage.VALIDATING, verbose=False, inference_mode=False
+        )
+        if instead_of is not None:
+            vars(self).update(vars(instead_of))
+        self._before = before
 
-    def run(self) -> list[dict[str, Any]]:
+    def run(self) -> Any:
         """Validate, after what is to be done before."""
-        if self.before is not None:
-            self.before()
+        if self._before is not None:
+            self._before(self)
         return super().run()
 
     def measure(self) -> dict[str, float]:
@@ -39,20 +52,21 @@ class Validation(_EvaluationLoop):
         The model's hooks see the same trainer, epoch and step as in the one that follows; no hook
         of a callback is called but those that make the ranks alike, and no logger.
         """
-        trainer = self.trainer
+        trainer: Any = self.trainer
         self.setup_data()
         if self.skip:
             return {}
         assert self._combined_loader is not None
-        loop = _EvaluationLoop(
-            trainer, TrainerFn.FITTING, RunningStage.VALIDATING, verbose=False,
-            inference_mode=self.inference_mode,
-        )  # fmt: skip
+        loop = Validation(trainer)
         loop._combined_loader = loaders = copy.copy(self._combined_loader)
         loaders.flattened = [second_loader(loader) for loader in loaders.flattened]
         loop._max_batches = self._max_batches
         loop._last_val_dl_reload_epoch = self._last_val_dl_reload_epoch
-        shown = (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics)
+        shown: Any = (
+            trainer.callback_metrics,
+            trainer.logged_metrics,
+            trainer.progress_bar_metrics,
+        )
         before = [dict(metrics) for metrics in shown]
         callbacks = [c for c in trainer.callbacks if not isinstance(c, DataParallel)]
         hooks = [_without_hooks(callback) for callback in callbacks]

@@ -1,5 +1,6 @@
 """What several ranks need beside averaged gradients: their shares, and the same answer on each."""
 
+import gc
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 
+from app.errors import Refused
 from app.parallel.split import WHOLE, SharedSampler, share_of, split
 
 
@@ -22,7 +24,8 @@ class DataParallel(pl.Callback):
     not divide evenly, so that a step is the mean over its samples as on one process. Whatever is
     logged while evaluating is the mean over the ranks, so that all of them decide alike (Lightning
     leaves it to `sync_dist`, and rounds the weights of uneven shares). Buffers that a forward pass
-    changes, such as BatchNorm's, are rank 0's before each evaluation, as in the checkpoint.
+    changes, such as BatchNorm's, are rank 0's before each evaluation, as in the checkpoint. Where
+    other parameters are trained than in the epoch before, DistributedDataParallel is told.
 
     Args:
         weighted: false where the losses are weighted by counts of the batches.
@@ -33,6 +36,8 @@ class DataParallel(pl.Callback):
         self._share = WHOLE
         self._sampler: Any = None
         self._weight = 1.0
+        self._trained: set[str] = set()  # as DistributedDataParallel knows
+        self._asks = False
 
     def log(self, model: pl.LightningModule, log: Callable[..., None]) -> Callable[..., None]:
         """What logs the mean over the ranks in place of a model's own method."""
@@ -43,11 +48,23 @@ class DataParallel(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(trainer.model, DistributedDataParallel):  # no gradient is restored yet
+            self._trained = trained(pl_module)
             settle_buckets(trainer.model, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._asks = isinstance(trainer.model, DistributedDataParallel)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._asks = isinstance(trainer.model, DistributedDataParallel)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self._asks:  # after all hooks of the epoch's start
+            self._asks = False
+            if (now := trained(pl_module)) != self._trained:
+                self._trained = now
+                wrap_again(trainer, pl_module)
         if self._sampler is not None:
             self._weight = self._sampler.weight(batch_idx)
 
@@ -57,6 +74,16 @@ class DataParallel(pl.Callback):
         weight = self._weight
         if weight != 1.0:
             loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not isinstance(trainer.model, DistributedDataParallel):
+            return
+        if unfrozen := sorted(trained(pl_module) - self._trained):
+            raise Refused(
+                f"{unfrozen[0]} of {type(pl_module).__name__} was unfrozen inside epoch "
+                f"{trainer.current_epoch}, and the ranks did not average its gradients; unfreeze "
+                "it in on_train_epoch_start, or type strategy=auto"
+            )
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         make_buffers_alike(trainer, pl_module)
@@ -121,6 +148,24 @@ def make_buffers_alike(trainer: pl.Trainer, pl_module: pl.LightningModule) -> No
         for buffer in pl_module.buffers():
             if type(buffer) is Tensor and buffer.device == trainer.strategy.root_device:
                 torch.distributed.broadcast(buffer, src=0)
+
+
+def trained(module: pl.LightningModule) -> set[str]:
+    """The names of the parameters that are trained."""
+    return {name for name, p in module.named_parameters() if p.requires_grad}
+
+
+def wrap_again(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Let DistributedDataParallel average the gradients of the parameters that are trained now.
+
+    It lists them once, when it is made: one that is unfrozen later would differ between the ranks.
+    All ranks call it, between two steps.
+    """
+    strategy: Any = trainer.strategy
+    strategy.model = pl_module
+    gc.collect()  # the one before, whose hooks are on the parameters as long as it is there
+    strategy.configure_ddp()
+    settle_buckets(strategy.model, pl_module)
 
 
 def settle_buckets(parallel: DistributedDataParallel, model: pl.LightningModule) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from torch.nn.parameter import is_lazy
 
 from app.accumulate import Accumulation
 from app.config import describe
@@ -59,10 +61,13 @@ class StartTable(pl.Callback):
         self.batch: dict[str, Any] = {}
         self._config = dict(config)
         self._num_parameters = 0
+        self._lazy: list[torch.nn.Parameter] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        trainable = (p for p in pl_module.parameters() if p.requires_grad)
-        self._num_parameters = sum(p.numel() for p in trainable)  # before they are sharded
+        trainable = [p for p in pl_module.parameters() if p.requires_grad]
+        self._lazy = [p for p in trainable if is_lazy(p)]
+        # before they are sharded
+        self._num_parameters = sum(p.numel() for p in trainable if not is_lazy(p))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -81,6 +86,11 @@ class StartTable(pl.Callback):
         if not trainer.is_global_zero:
             return
         steps = trainer.estimated_stepping_batches
+        still_lazy = [p for p in self._lazy if is_lazy(p)]
+        made = sum(p.numel() for p in self._lazy if not is_lazy(p))  # by the sanity check
+        parameters = f"{self._num_parameters + made:,} parameters"
+        if still_lazy:
+            parameters += f", and {len(still_lazy)} that the first batch gives a shape"
         rows = [
             ("run", self._config["run_dir"]),
             *describe(self._config),
@@ -89,7 +99,7 @@ class StartTable(pl.Callback):
                 f"micro-batch {micro or 'unknown'} x accumulation {self.batch['accumulation']} "
                 f"x world size {world_size} = {self.batch['effective_batch'] or 'unknown'}",
             ),
-            ("length", f"{steps} optimizer steps of {self._num_parameters:,} parameters"),
+            ("length", f"{steps} optimizer steps of {parameters}"),
         ]
         if trainer.global_step:
             rows.append(("continues", f"after optimizer step {trainer.global_step}"))

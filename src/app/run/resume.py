@@ -1,4 +1,4 @@
-"""Continuing a run bit-exactly: the random state and the position in the data."""
+"""Continuing a run bit-exactly: the random state, the place in the data, and what is trained."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -14,6 +14,7 @@ from app.parallel.split import rebuilt, share_of
 from app.process.random_state import draw_apart, random_state, set_random_state
 from app.run.hooks import switch_off
 from app.run.measured import Measured
+from app.run.modes import modes_of, set_modes, set_trained
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,8 @@ def resumable(loaders: Any) -> tuple[Any, list[ResumableLoader]]:
 class ExactResume(pl.Callback):
     """Keeps the random state and the position in the data of every rank with each checkpoint.
 
-    Restores both when a continued fit starts to train. In a new fit the ranks but the first draw
+    And which parameters were trained, which norms tracked, and the mode of each module. Restores
+    all of it when a continued fit starts to train. In a new fit the ranks but the first draw
     from generators of their own from there on: dropout differs between shares of the data.
 
     Attributes:
@@ -172,6 +174,7 @@ class ExactResume(pl.Callback):
         mine = {
             **(self._before_validation if self.repeats_validation else self._now(trainer)),
             "positions": [loader.position(mid_epoch=mid_epoch) for loader in self._loaders],
+            "modes": modes_of(trainer, pl_module),
         }
         metrics = trainer.callback_metrics.items()
         checkpoint["metrics"] = self.metrics | {name: float(value) for name, value in metrics}
@@ -193,6 +196,8 @@ class ExactResume(pl.Callback):
         if weights is not None and trainer.precision == "64-true":
             # Lightning has loaded them before the model was of that precision
             pl_module.load_state_dict(weights)
+        if self._restored is not None:  # the model, or a callback, may have frozen them in setup
+            set_trained(pl_module, self._restored["modes"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         restored, self._restored = self._restored, None
@@ -202,6 +207,7 @@ class ExactResume(pl.Callback):
         for loader, position in zip(self._loaders, restored["positions"], strict=True):
             loader.restore(position, epoch=trainer.current_epoch)
         self._measured.restore(trainer, pl_module, restored["measured"])
+        set_modes(pl_module, restored["modes"])
         set_random_state(restored["random_state"])
         self._before_validation = restored  # the fit may begin with a validation
 
