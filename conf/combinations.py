@@ -224,10 +224,6 @@ WITH_STRATEGIES: Rules = {
     ),
     "averaging cannot run with strategy=deepspeed: DeepSpeed's engine keeps the weights that it "
     "steps; use averaging=none, or strategy=fsdp": lambda run: run.is_deepspeed and run.averaging,
-    "averaging.validate=both cannot run with strategy=fsdp: it runs a copy of the model, which "
-    "cannot be made of shards; type averaging.validate=averaged": lambda run: (
-        run.is_fsdp and run.averaging.validate == "both"
-    ),
     "tuner.milestones cannot run with strategy={run.sharding}: a second sharded model cannot be "
     "made inside a fit; type 'tuner.milestones=[]'": lambda run: (
         run.sharding and run.tuner.milestones

@@ -151,6 +151,31 @@ def test_clip_fsdp_avg_sharded_every_technique_comes_to_the_weights_of_one_proce
     assert far == {}
 
 
+BOTH = ["averaging.validate=both", "averaging.decay=0.5", "averaging.bn_batches=2"]
+
+
+@pytest.mark.parametrize("model", ["transformer", "cnn1d_bn"])
+def test_st_both_and_bn_batches_on_several_ranks(model: str) -> None:
+    """As on one process; the norms, which are of each rank's batch, alike with both strategies."""
+    short = [key for key in SHORT if not key.startswith("model=")]
+    keys = ["averaging=ema", *BOTH, *short, f"model={model}"]
+    several = ["data.batch_size=8", "trainer.devices=2", "trainer.accelerator=cpu"]
+    configs = {
+        way: check(composed([*keys, *WAYS[way][1], *several])) for way in ("ddp", "fsdp")
+    }
+    found = run_local(
+        fit_all, configs, num_processes=2, start_method="forkserver", logging_config=None
+    )
+    if model == "transformer":
+        found["one"] = weights_of(check(composed([*keys, "data.batch_size=16"])))
+    expected = found.pop("one", found["ddp"])
+    assert expected["metrics"]["raw_val_loss"] != expected["metrics"]["val_loss"]
+    for mine in found.values():
+        assert mine["metrics"] == pytest.approx(expected["metrics"], abs=1e-3)
+        for name, tensor in expected["weights"].items():
+            torch.testing.assert_close(mine["weights"][name], tensor, rtol=0, atol=1e-4)
+
+
 GPU = "trainer.accelerator=gpu"
 REFUSED = {
     (
@@ -175,13 +200,6 @@ REFUSED = {
     ("strategy=deepspeed_zero3", "averaging=ema", GPU): "averaging cannot run with "
     "strategy=deepspeed: DeepSpeed's engine keeps the weights that it steps; use averaging=none, "
     "or strategy=fsdp",
-    (
-        "strategy=fsdp",
-        "averaging=ema",
-        "averaging.validate=both",
-    ): "averaging.validate=both cannot "
-    "run with strategy=fsdp: it runs a copy of the model, which cannot be made of shards; type "
-    "averaging.validate=averaged",
     (
         "strategy=fsdp",
         "tuner=milestones",

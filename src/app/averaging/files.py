@@ -53,7 +53,7 @@ def read(
     trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
     if not asks:
         return False
-    is_edited = any(_version(value) != version for value, version in given.values())
+    is_edited = any(_num_changes(value) != version for value, version in given.values())
     now = dict(_leaves(written(trainer, pl_module, checkpoint)))
     if trainer.is_global_zero and not is_edited:  # what is sharded is gathered there
         is_edited = given.keys() != now.keys() or not all(

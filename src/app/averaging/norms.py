@@ -9,13 +9,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from app.averaging.apart import apart
 from app.errors import Refused
-from app.parallel.sharded import Sharded
 from app.parallel.split import mean_over_ranks
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -56,7 +56,8 @@ def recompute_norms(
         data = trainer.datamodule  # type: ignore[attr-defined]
         has_hook = is_overridden("on_before_batch_transfer", data, pl.LightningDataModule)
         hooks = data if has_hook else pl_module
-        takes_index = len(inspect.signature(pl_module.training_step).parameters) > 1
+        step = pl_module.training_step
+        takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
         norms = {name: norm for name, norm in norms_of(pl_module) if name in names}
         for norm in norms.values():
             norm.train()
@@ -67,7 +68,7 @@ def recompute_norms(
             batch = hooks.on_before_batch_transfer(batch, 0)
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             with trainer.precision_plugin.train_step_context():
-                pl_module.training_step(*([batch, index] if takes_index else [batch]))
+                step(*([batch, index] if takes_index else [batch]))
         for norm in norms.values():
             for key in STATISTICS:
                 means[norm, key] = mean_over_ranks(trainer, norm.get_buffer(key)).clone()
@@ -95,11 +96,6 @@ def refuse_norms(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         return
     model = type(pl_module).__name__
     instead = "type averaging.bn_batches=null"
-    if isinstance(trainer.strategy, Sharded):
-        raise Refused(
-            f"averaging.bn_batches runs {model} on its own, which sharded weights do not allow; "
-            f"{instead}"
-        )
     parameters = inspect.signature(pl_module.training_step).parameters
     for why, is_so in (
         ("it steps its own optimizers (automatic_optimization=False)",
