@@ -23,6 +23,7 @@ from app.run.checkpoint import CheckpointFiles, Checkpoints
 from app.run.hooks import DataHooks
 from app.run.metrics import AwaitedMetrics, StepMetrics, awaited_metrics
 from app.run.resume import ExactResume
+from app.run.schedules import Schedules
 from app.run.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def build(
         StepMetrics(),
         AwaitedMetrics(awaited_metrics(config.plain)),
         resume,
+        Schedules(),
         *extra_callbacks,
         *build_callbacks(config.plain["callbacks"]),
     ]

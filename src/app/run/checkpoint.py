@@ -5,7 +5,7 @@ import os
 import pickle
 import shutil
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from enum import Enum
 from functools import partial
@@ -40,7 +40,7 @@ def plain(value: Any, path: str) -> Any:
         return value
     if isinstance(value, Mapping):
         items = {plain(key, path): plain(value[key], f"{path}.{key}") for key in value}
-        same = type(value) in (dict, OrderedDict) and all(items[k] is value[k] for k in items)
+        same = type(value) in (dict, OrderedDict, Counter) and all(items[k] is value[k] for k in items)
         return value if same else items
     if isinstance(value, list | tuple | set | frozenset):
         kind = next(kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind))

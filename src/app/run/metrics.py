@@ -94,6 +94,7 @@ class StepMetrics(pl.Callback):
             "num_steps": self._num_steps,
             "logged_step": self._logged_step,
             "global_step": self._global_step,
+            "model_logs_loss": self._model_logs_loss,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -103,6 +104,7 @@ class StepMetrics(pl.Callback):
         self._num_steps = state_dict["num_steps"]
         self._logged_step = state_dict["logged_step"]
         self._global_step = state_dict["global_step"]
+        self._model_logs_loss = state_dict.get("model_logs_loss")
 
     def _log(self, trainer: pl.Trainer, *, line: int) -> None:
         self._logged_step = self._num_steps

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from app.errors import Refused
@@ -208,6 +209,8 @@ class ExactResume(pl.Callback):
             loader.restore(position, epoch=trainer.current_epoch)
         self._measured.restore(trainer, pl_module, restored["measured"])
         set_modes(pl_module, restored["modes"])
+        for name, value in self.metrics.items():
+            trainer.callback_metrics[name] = _as_measured(value)
         set_random_state(restored["random_state"])
         self._before_validation = restored  # the fit may begin with a validation
 
@@ -227,6 +230,12 @@ class ExactResume(pl.Callback):
     def _now(self, trainer: pl.Trainer) -> dict[str, Any]:
         measured = self._measured.state(trainer, trainer.lightning_module)
         return {"random_state": random_state(), "measured": measured}
+
+
+def _as_measured(value: float) -> Tensor:
+    """A metric as it was, in the precision that holds it."""
+    single = torch.tensor(value)
+    return single if float(single) == value else torch.tensor(value, dtype=torch.float64)
 
 
 def _rewind_validation(checkpoint: dict[str, Any]) -> None:
