@@ -112,10 +112,6 @@ class Scheduled(pl.LightningModule):
         self.worst.copy_(torch.maximum(self.worst, loss.detach()))
         return loss
 
-    def on_train_epoch_end(self) -> None:
-        self.log("late_loss", self.worst.clone())
-        self.worst.zero_()
-
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", self._loss(batch))
 
@@ -136,7 +132,50 @@ class Scheduled(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": chosen}
 
 
-class Hooked(Scheduled):
+class Plain(Scheduled):
+    """Has an optimizer of the configuration."""
+
+    configure_optimizers = pl.LightningModule.configure_optimizers
+
+
+class Late(Scheduled):
+    """Logs at the end of an epoch."""
+
+    def on_train_epoch_end(self) -> None:
+        self.log("late_loss", self.worst.clone())
+        self.worst.zero_()
+
+
+class Adversarial(Scheduled):
+    """Two optimizers, each with a schedule, stepped by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer, schedule in zip(self.optimizers(), self.lr_schedulers(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(self._loss(batch))
+            optimizer.step()
+            if isinstance(schedule, lr_scheduler.StepLR):
+                schedule.step()
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.lr_schedulers()[1].step(self.trainer.callback_metrics["val_loss"])
+
+    def configure_optimizers(self) -> Any:
+        optimizers = [torch.optim.SGD(self.net[i].parameters(), lr=0.02) for i in (0, 2)]
+        names = "StepLR", "ReduceLROnPlateau"
+        made = [TORCH[name](o) for name, o in zip(names, optimizers, strict=True)]
+        return optimizers, [
+            {"scheduler": made[0], "interval": "step", "frequency": 3},
+            {"scheduler": made[1]},
+        ]
+
+
+class Hooked(Late):
     """Steps its schedules as it likes."""
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:

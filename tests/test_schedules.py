@@ -8,7 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from scheduled import TORCH
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from scheduled import TORCH, Hooked, Points
 from torch.optim import lr_scheduler
 
 from app.run.build import Run, build
@@ -122,3 +123,137 @@ def test_sc_plateau_resume_every_schedule_of_torch(
 ) -> None:
     typed = (f"+model.scheduler={name}", f"+model.interval={interval}", *monitored(name))
     equal_after_cuts(checked, tmp_path, *typed)
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.parametrize("name", ["MultiStepLR", "CyclicLR", "OneCycleLR"])
+@pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using")
+def test_sc_plateau_resume_inside_another_schedule(
+    checked: Callable[..., Any], tmp_path: Path, name: str, interval: str
+) -> None:
+    typed = (f"+model.scheduler={name}", f"+model.interval={interval}", "+model.nested=true")
+    equal_after_cuts(checked, tmp_path, *typed)
+
+
+PLATEAU = "+model.scheduler=ReduceLROnPlateau"
+OTHERS = {
+    "a training metric of the epoch": (PLATEAU, "+model.monitor=late_loss"),
+    "a training metric of the step": (PLATEAU, "+model.monitor=loss_of_step",
+                                      "+model.interval=step"),
+    "every third step": (PLATEAU, "+model.monitor=loss_of_step", "+model.interval=step",
+                         "+model.frequency=3"),
+    "every second epoch": (PLATEAU, "+model.monitor=val_loss", "+model.frequency=2"),
+    "a schedule of their own, monitored": ("+model.scheduler=Own", "+model.monitor=val_loss"),
+    "a schedule of their own, by step": ("+model.scheduler=Own", "+model.interval=step",
+                                         "+model.frequency=3"),
+    "validation inside": (PLATEAU, "+model.monitor=val_loss", "trainer.val_check_interval=2"),
+    "validation over epochs": (PLATEAU, "+model.monitor=val_loss", "trainer.val_check_interval=3",
+                               "trainer.check_val_every_n_epoch=null"),
+    "accumulation": ("+model.scheduler=StepLR", "+model.interval=step", "+model.frequency=2",
+                     "accumulate=constant", "accumulate.factor=2"),
+    "averaging": (PLATEAU, "+model.monitor=val_loss", "averaging=ema", "averaging.decay=0.5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_sc_plateau_resume_others(
+    checked: Callable[..., Any], tmp_path: Path, case: str
+) -> None:
+    cuts = CUTS
+    if "validation" in case:  # a hook after which there is another one in the same epoch
+        cuts = tuple(cut for cut in CUTS if "validation" not in cut[0])
+    if case == "accumulation":
+        cuts = (*CUTS[:4], ("on_train_batch_end", 7), *CUTS[5:])
+    equal_after_cuts(checked, tmp_path, *OTHERS[case], cuts=cuts)
+
+
+def test_sc_plateau_resume_of_ours(checked: Callable[..., Any], tmp_path: Path) -> None:
+    typed = ("model._target_=scheduled.Plain", "optimizer=sgd", "scheduler=plateau",
+             "scheduler.mode=max", "scheduler.patience=0", "optimizer.lr=0.01", "optimizer.momentum=0")  # fmt: skip
+    equal_after_cuts(checked, tmp_path, *typed)
+
+
+def per_epoch(run: Run, *, batches: int = 5) -> list[float]:
+    """The rate at the first batch of each epoch."""
+    return [run.model.rates[at] for at in sorted(run.model.rates) if at % batches == 0]
+
+
+@pytest.mark.parametrize("target", ["Scheduled", "Late"])
+def test_sc_plateau_every_an_update_after_each_validation(
+    checked: Callable[..., Any], target: str
+) -> None:
+    """Also where the model logs metrics at the end of an epoch, that the monitor might be of."""
+    config = checked(*BASE, PLATEAU, "+model.monitor=val_loss", "trainer.max_epochs=7",
+                     f"model._target_=scheduled.{target}",
+                     "trainer.check_val_every_n_epoch=2")  # fmt: skip
+    run = fit(config)
+    # the first is the best there is: the loss falls, and `max` takes the next for worse
+    assert per_epoch(run) == pytest.approx([0.02, 0.02, 0.02, 0.02, 0.014, 0.014, 0.0098])
+
+
+def test_sc_plateau_every_of_ours(checked: Callable[..., Any]) -> None:
+    config = checked(*BASE, "model._target_=scheduled.Plain", "optimizer=sgd", "scheduler=plateau",
+                     "scheduler.mode=max", "scheduler.patience=0", "optimizer.lr=0.02",
+                     "optimizer.momentum=0", "trainer.max_epochs=7", "trainer.check_val_every_n_epoch=3")  # fmt: skip
+    assert per_epoch(fit(config)) == pytest.approx([0.02] * 6 + [0.01])
+
+
+def test_sc_plateau_every_an_unknown_metric_is_still_said(checked: Callable[..., Any]) -> None:
+    config = checked(*BASE, PLATEAU, "+model.monitor=val_los", "trainer.check_val_every_n_epoch=2")
+    with pytest.raises(MisconfigurationException, match="val_los which is not available"):
+        fit(config)
+
+
+@pytest.mark.parametrize(
+    ("frequency", "factor"), [(2, 2), (15, 1), (3, 1), (4, 2), (7, 3), (1, 2), (1, 1)]
+)
+def test_sc_frequency_counts_optimizer_steps_over_epochs(
+    checked: Callable[..., Any], frequency: int, factor: int
+) -> None:
+    chosen = ("accumulate=constant", f"accumulate.factor={factor}") if factor > 1 else ()
+    run = fit(checked(*BASE, "+model.scheduler=ExponentialLR", "+model.interval=step",
+                      f"+model.frequency={frequency}", *chosen,
+                      "trainer.max_epochs=6"))  # fmt: skip
+    rates, steps_before = run.model.rates, 0
+    for at in sorted(rates):
+        assert rates[at] == pytest.approx(0.02 * 0.8 ** (steps_before // frequency)), at
+        is_last = at % 5 == 4
+        steps_before += is_last or (at % 5 + 1) % factor == 0
+    config = run.trainer.lr_scheduler_configs
+    assert all(isinstance(c.frequency, int) and c.frequency == frequency for c in config)
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.parametrize("name", TORCH)
+@pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using")
+def test_without_these_faults_a_fit_is_that_of_lightning(
+    checked: Callable[..., Any], tmp_path: Path, name: str, interval: str
+) -> None:
+    if name == "ReduceLROnPlateau" and interval == "step":
+        pytest.skip("Lightning asks for the metric before the first validation")
+    typed = {"scheduler": name, "interval": interval}
+    if name == "ReduceLROnPlateau":
+        typed["monitor"] = "late_loss"
+    ours = fit(checked(*BASE, *(f"+model.{key}={value}" for key, value in typed.items()))).model
+    pl.seed_everything(42, workers=True, verbose=False)
+    theirs, data = Hooked(**typed), Points()
+    trainer = pl.Trainer(max_epochs=4, accelerator="cpu", logger=False, default_root_dir=tmp_path,
+                         enable_checkpointing=False, enable_progress_bar=False,
+                         enable_model_summary=False, num_sanity_val_steps=0)  # fmt: skip
+    trainer.fit(theirs, datamodule=data)
+    assert theirs.rates == ours.rates
+
+
+def test_two_optimizers_step_their_schedules_themselves(
+    checked: Callable[..., Any], tmp_path: Path
+) -> None:
+    equal_after_cuts(checked, tmp_path, "model._target_=scheduled.Adversarial")
+
+
+def test_the_monitor_of_lightning_sees_what_it_saw(checked: Callable[..., Any]) -> None:
+    config = checked(*BASE, PLATEAU, "+model.monitor=val_loss",
+                     "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor",
+                     "+callbacks.lr.logging_interval=epoch")  # fmt: skip
+    run = fit(config)
+    monitor = next(c for c in run.trainer.callbacks if hasattr(c, "lrs"))
+    assert monitor.lrs["lr-SGD"] == per_epoch(run)
