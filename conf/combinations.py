@@ -150,6 +150,26 @@ class Seen:
                 return key, name
         return None
 
+    @staticmethod
+    def of_validation(monitor: str | None) -> bool:
+        """Whether a metric that is watched is one of the validation, as far as its name says."""
+        return monitor is not None and "train" not in monitor
+
+    @property
+    def untold(self) -> tuple[str, ...] | None:
+        """Key, choices, key and value of a metric whose name tells no way, and what to type."""
+        for key, group in (
+            ("callbacks.checkpoint", Group(self.callbacks.checkpoint)),
+            ("callbacks.early_stopping", Group(self.callbacks.early_stopping)),
+            ("scheduler", self.scheduler),
+        ):
+            if group.monitor is not None and group.mode is None:
+                return f"{key}.mode", "min or max", f"{key}.monitor", group.monitor, "max"
+        objective = self.run.objective
+        if self.sweep and objective is not None and self.run.direction is None:
+            return "direction", "minimize or maximize", "objective", objective, "maximize"
+        return None
+
     @property
     def num_processes(self) -> int:
         """1 where it is not known yet."""
@@ -248,11 +268,11 @@ RULES: Rules = {
     "'scheduler.milestones=[{run.half_of_epochs}]'": lambda run: run.late_milestones,
     "scheduler=plateau watches the validation, which trainer.limit_val_batches=0 switches off; "
     "type trainer.limit_val_batches=null, or use another scheduler": lambda run: (
-        run.is_unvalidated and run.scheduler.monitor is not None
+        run.is_unvalidated and run.of_validation(run.scheduler.monitor)
     ),
     "callbacks.early_stopping watches the validation, which trainer.limit_val_batches=0 switches "
     "off; type trainer.limit_val_batches=null, or use callbacks=default": lambda run: (
-        run.is_unvalidated and run.callbacks.early_stopping is not None
+        run.is_unvalidated and run.of_validation(Group(run.callbacks.early_stopping).monitor)
     ),
     "accumulate.starts has {run.late_starts}, which the run never reaches "
     "(trainer.max_{run.accumulate.by}s={run.end_of_starts}); leave them out": lambda run: (
@@ -292,6 +312,10 @@ RULES: Rules = {
     "{run.unknown_metric[0]} must be one of " + METRICS + ", which the model logs, got "
     "{run.unknown_metric[1]}; type {run.unknown_metric[0]}=val_loss": lambda run: (
         run.unknown_metric
+    ),
+    "{run.untold[0]} must be {run.untold[1]} where {run.untold[2]}={run.untold[3]}, a name that "
+    "does not tell which values are better, got null; type {run.untold[0]}={run.untold[4]}": lambda run: (
+        run.untold
     ),
     "precision=tf32 needs a GPU: trainer.accelerator=cpu has no TF32; use "
     "precision=fp32": lambda run: run.on_cpu and run.precision.matmul == "high",

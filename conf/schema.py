@@ -48,8 +48,8 @@ class Train:
     """A tuned.yaml whose overrides to use instead of a search."""
     objective: str | None = text(instead="type {key}=val_loss, or {key}=null")
     """A metric of result.json that the command returns to a sweeper, such as val_loss."""
-    direction: Direction = MISSING
-    """Whether a sweeper looks for the least or the greatest objective."""
+    direction: Direction | None = None
+    """Whether a sweeper looks for the least or the greatest objective; null = by its name."""
     run_dir: str = folder(instead="type name=NAME")
     """Folder of the run, given by Hydra."""
     model: Any = MISSING

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from app.config import check, of_a_run
 from app.errors import Refused
+from app.monitored import followed
 from app.run.build import Run, build
 
 
@@ -72,6 +73,8 @@ FAILURES = [
     (("model.num_classes=3",), pytest.raises(IndexError, match=r"Target . is out of bounds"), None),
     (("callbacks.checkpoint.monitor=zzz",),
      pytest.warns(UserWarning, match="monitor=zzz is not logged by Cnn1d"), trained),
+    (("callbacks.checkpoint.monitor=zzz", *THEIRS),
+     pytest.warns(UserWarning, match="monitor=zzz is not logged by LitModel"), trained),
     (("model=graphsage",), pytest.raises(IndexError, match="too many indices for tensor"), None),
     (("data=graph", "data.num_nodes=400"),
      pytest.raises(RuntimeError, match="unflatten: Provided sizes"), None),
@@ -98,7 +101,7 @@ def test_a_rule_prevents_a_failure(
     with pytest.raises(Refused):
         check(cfg)
     with fails:
-        run = build(of_a_run(cfg), [])
+        run = build(of_a_run(followed(cfg)), [])
         run.trainer.fit(run.model, datamodule=run.data)
     assert came_to is None or came_to(run)
 

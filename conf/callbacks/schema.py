@@ -30,9 +30,10 @@ class Checkpoints:
     dirpath: str = folder(instead="type '{key}=${{run_dir}}/checkpoints'")
     """Folder of the checkpoints."""
     monitor: str | None = text(instead="to keep no best one type {key}=null")
-    """Metric of the validation that decides which is best; null keeps no best one."""
-    mode: Mode = MISSING
-    """min or max: which values of the metric are better."""
+    """Metric that decides which is best, after a validation that measures it or after the epoch;
+    null keeps no best one."""
+    mode: Mode | None = None
+    """min or max: which values of the metric are better; null = by its name, such as val_acc."""
     every_n_steps: int | None = number(above=0, at_most=MANY, instead=AT_THE_ENDS)
     """Also after this many optimizer steps, >= 1; null = at the epochs' ends."""
     every_min: float | None = number(above=0, at_most=TEN_YEARS_MIN, instead=AT_THE_ENDS)
@@ -44,10 +45,10 @@ class EarlyStopping:
     """End the run when a metric has not improved for some validations."""
 
     _target_: str = "lightning.pytorch.callbacks.EarlyStopping"
-    monitor: str = text(instead="type {key}=val_loss")
-    """Metric of the validation."""
-    mode: Mode = MISSING
-    """min or max: which values of the metric are better."""
+    monitor: str | None = text(instead="type {key}=val_loss")
+    """Metric of the validation or the training; null = that of the checkpoints."""
+    mode: Mode | None = None
+    """min or max: which values of the metric are better; null = as the checkpoints, or by name."""
     patience: int = count(instead="type {key}=5")
     """Validations without an improvement, >= 1."""
     min_delta: float = number(at_least=0, at_most=MANY, instead="type {key}=0")

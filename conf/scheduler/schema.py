@@ -84,10 +84,10 @@ class Plateau:
     """Multiply by `factor` after `patience` validations without an improvement."""
 
     _target_: str = "app.optim.Plateau"
-    monitor: str = text(instead="type {key}=val_loss")
-    """Metric that the model logs."""
-    mode: Mode = MISSING
-    """min or max: which values of the metric are better."""
+    monitor: str | None = text(instead="type {key}=val_loss")
+    """Metric that the model logs; null = that of the checkpoints."""
+    mode: Mode | None = None
+    """min or max: which values of the metric are better; null = as the checkpoints, or by name."""
     factor: float = number(at_least=0, at_most=1, rule=SHARE, instead="type {key}=0.5")
     """0 to 1."""
     patience: int = count(at_least=0, instead="type {key}=3")

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from app import cli
 from app.errors import Refused
+from app.monitored import followed
 
 if TYPE_CHECKING:
     from conf.schema import Train as Typed
@@ -95,15 +96,16 @@ def check(cfg: DictConfig) -> Config:
         _refuse_without_class(group, cfg)
     _refuse_unread(cfg)
     refuse_values(cfg)
+    chosen = followed(cfg)
     try:
-        typed = OmegaConf.to_object(cfg)  # runs the rules of every schema
+        typed = OmegaConf.to_object(chosen)  # runs the rules of every schema
     except ValueError as error:
         if type(error) is not ValueError:  # one of OmegaConf's own, explained by the command line
             raise
         raise Refused(str(error)) from None
     except ArithmeticError as error:
         raise Refused(f"a number is too large to count with: {error}; type a smaller one") from None
-    return Config(composed=cfg, typed=typed, plain=plain(cfg))
+    return Config(composed=cfg, typed=typed, plain=plain(chosen))
 
 
 def of_a_run(cfg: DictConfig) -> Config:

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.errors import Refused
+from app.monitored import mode_of
 from app.record.states import State
 from app.report.reading import StoredRun
-
-LOWER_IS_BETTER = {"loss", "error", "err", "perplexity", "ppl", "mse", "rmse", "mae", "nll", "ece",
-                   "wer", "cer", "fid", "bpc", "bpd"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +63,7 @@ def stem(name: str) -> str:
 
 def is_a_loss(name: str) -> bool:
     """Whether a metric's name says that lower is better."""
-    return not LOWER_IS_BETTER.isdisjoint(re.split(r"[^a-z]+", name.lower()))
+    return mode_of(name) == "min"
 
 
 def _monitored(runs: Sequence[StoredRun]) -> tuple[str | None, str | None]:

@@ -168,7 +168,7 @@ class Checkpoints(Checkpoint):
         *,
         dirpath: str,
         monitor: str | None,
-        mode: str,
+        mode: str | None,
         every_n_steps: int | None,
         every_min: float | None,
     ) -> None:
