@@ -6,6 +6,15 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 from app import pip_install
 from app.errors import Refused
+from app.parallel.split import KeepsRandomState
+
+
+class DDP(KeepsRandomState, DDPStrategy):
+    """Lightning's, in which a run draws on as it does in one process."""
+
+
+class DeepSpeed(KeepsRandomState, DeepSpeedStrategy):
+    """Lightning's, in which a run draws on as it does in one process."""
 
 
 def single() -> str:
@@ -22,7 +31,7 @@ def ddp(
     gradient_as_bucket_view: bool,
 ) -> DDPStrategy:
     """torch's DistributedDataParallel; `start_method` is the launcher's concern."""
-    return DDPStrategy(
+    return DDP(
         timeout=timedelta(minutes=timeout_min),
         find_unused_parameters=find_unused_parameters,
         static_graph=static_graph,
@@ -40,7 +49,7 @@ def deepspeed(
 ) -> DeepSpeedStrategy:
     """DeepSpeed's ZeRO. Raises ImportError, saying what to install, where it is missing."""
     try:
-        return DeepSpeedStrategy(
+        return DeepSpeed(
             timeout=timedelta(minutes=timeout_min),
             stage=stage,
             offload_optimizer=offload_optimizer,

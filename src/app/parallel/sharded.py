@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from app.blocks import find_blocks, num_parameters
 from app.errors import Refused
+from app.parallel.split import KeepsRandomState
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step", "forward")
 
@@ -69,7 +70,7 @@ class Spread(NamedTuple):
     units: tuple[Any, ...]
 
 
-class Sharded(DDPStrategy):
+class Sharded(KeepsRandomState, DDPStrategy):
     """Lightning's DDPStrategy, but the model is sharded by torch's `fully_shard`, not wrapped.
 
     A checkpoint is one file of whole tensors, as of every other strategy, and any can load it.

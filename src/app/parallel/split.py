@@ -10,15 +10,28 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
-from app.process.random_state import sampling_state, under
+from app.process.random_state import random_state, sampling_state, set_random_state, under
 from app.process.ranks import ranks
 
 Order = Sequence[Any] | Tensor
 """Samples, or their positions, in the order of an epoch."""
+
+
+class KeepsRandomState(Strategy):
+    """A strategy in which a run draws on from where model and data were built.
+
+    Lightning's strategies of several processes seed all generators anew, and the data of a run
+    would be split and shuffled in another way than in one process.
+    """
+
+    def setup_environment(self) -> None:
+        before = random_state()
+        super().setup_environment()
+        set_random_state(before)
 
 
 class Share(NamedTuple):
