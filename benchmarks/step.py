@@ -29,11 +29,12 @@ from presets import built, checked
 from side_by_side import Contestant, in_turns, show, sized
 from torch import Tensor
 
+from app.data.position import ResumableLoader
 from app.models.mlp import Mlp
 from app.record.loggers import MetricsCsv
 from app.run.build import build_callbacks, build_trainer
 from app.run.metrics import StepMetrics
-from app.run.resume import ExactResume, ResumableLoader
+from app.run.resume import ExactResume
 from app.run.trainer import Trainer
 
 ROUNDS = 21
@@ -106,7 +107,9 @@ def fit(make: Callable[[str], pl.Trainer], *, logs: bool = False, resumes: bool 
     batches = Batches()
     with TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         trainer = make(folder)
-        trainer.fit(Model(logs=logs), ResumableLoader(batches) if resumes else batches)
+        trainer.fit(
+            Model(logs=logs), ResumableLoader(batches, asks_ahead=False) if resumes else batches
+        )
     return batches.spent
 
 

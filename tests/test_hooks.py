@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import SMALL
+from lightning.pytorch.trainer import call
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
@@ -168,6 +169,13 @@ def test_the_users_objects_are_as_they_were_after_a_run(
         assert all(type(vars(owner)[n]) is type(vars(fresh)[n]) for n in vars(fresh) if n in HOOKS)
 
 
+def asked(name: str, data: pl.LightningDataModule) -> Any:
+    """What Lightning gets of a data module."""
+    trainer = pl.Trainer(logger=False, accelerator="cpu")
+    trainer.datamodule = data  # type: ignore[attr-defined]
+    return call._call_lightning_datamodule_hook(trainer, name)
+
+
 def test_layers_lie_around_the_loaders_in_a_stated_order() -> None:
     told: list[Any] = []
     model, data = Plain(), Data()
@@ -175,8 +183,9 @@ def test_layers_lie_around_the_loaders_in_a_stated_order() -> None:
     hooks = DataHooks(model, data)
     hooks.around_loaders(lambda name, made: told.append(name) or made)
     hooks.around_training(lambda made: told.append("training") or made)
-    assert data.train_dataloader() is data.loader
-    assert data.val_dataloader() is data.loader
+    assert asked("train_dataloader", data) is data.loader
+    assert asked("val_dataloader", data) is data.loader
+    assert data.train_dataloader() is data.loader  # whoever else asks
     assert told == ["train_dataloader", "training", "val_dataloader"]
     hooks.release()
     assert not vars(data).keys() & {*HOOKS}
@@ -207,5 +216,5 @@ def test_a_run_splits_then_orders_then_makes_resumable(checked: Callable[..., An
     run = build(config, [], served=lambda loaders: served.append(loaders) or loaders)
     run.data.prepare_data()
     run.data.setup("fit")
-    loader = run.data.train_dataloader()
+    loader = asked("train_dataloader", run.data)
     assert loader.loader is served[0]

@@ -5,7 +5,7 @@ large. Where the last ones do not divide evenly, the ranks serve one more or les
 the step the mean over its samples all the same. Nothing is repeated and nothing left out.
 """
 
-import inspect
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -170,7 +170,7 @@ def split(loader: Any, *, share: Share, evaluates: bool) -> tuple[Any, bool]:
     batches = loader.batch_sampler
     if batches is None:  # the sampler draws what is served
         one = SharedSampler(sampler=loader.sampler, batch_size=None, drop_last=False, **shared)
-        return rebuilt(loader, sampler=one, shuffle=False), True
+        return copied(loader, sampler=one), True
     if type(batches) is BatchSampler:
         sampler = SharedSampler(
             sampler=batches.sampler,
@@ -183,17 +183,16 @@ def split(loader: Any, *, share: Share, evaluates: bool) -> tuple[Any, bool]:
     return rebuilt(loader, batch_sampler=sampler), True
 
 
-def rebuilt(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
-    """The same loader with other arguments."""
-    arguments = {
-        name: getattr(loader, name)
-        for name in inspect.signature(DataLoader).parameters
-        if hasattr(loader, name)
-    } | changes
-    if arguments["batch_sampler"] is not None:
-        for name in ("batch_size", "shuffle", "sampler", "drop_last"):
-            arguments.pop(name, None)
-    return DataLoader(**arguments)
+def copied(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
+    """The same loader, of the same class, with other attributes than a DataLoader lets be set."""
+    twin = copy.copy(loader)
+    vars(twin).update(changes, _iterator=None)
+    return twin
+
+
+def rebuilt(loader: DataLoader[Any], *, batch_sampler: Any) -> DataLoader[Any]:
+    """The same loader, of the same class, that serves the batches of another batch sampler."""
+    return copied(loader, batch_sampler=batch_sampler, batch_size=None, drop_last=False)
 
 
 def micro_batch_size(loader: Any) -> int | None:

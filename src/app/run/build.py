@@ -96,6 +96,8 @@ def build(
         hooks.around_training(served)
     resume = ExactResume()
     hooks.around_training(resume.resumable)
+    begin = partial(resume.begin_epoch, model, model.on_train_epoch_start)
+    hooks.in_place_of("on_train_epoch_start", begin)
     for technique in techniques:
         if isinstance(technique, Accumulation):
             technique.refuse_manual_optimization(model)

@@ -5,21 +5,26 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from app.data.position import asked_by
 
 Layer = Callable[[str, Any], Any]
 """Makes of a hook's name and the loaders that it returned what is used instead."""
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
-HOOKS = ("prepare_data", "setup", *LOADERS, "log", "configure_optimizers", "configure_model")
+HOOKS = ("prepare_data", "setup", *LOADERS, "log", "configure_optimizers", "configure_model",
+         "on_train_epoch_start")  # fmt: skip
 
 
 class DataHooks:
     """The only one that sets methods on what the user has made.
 
-    What a loader's method returns goes through the layers in the order in which they were laid. A
-    method that calls another one of them itself, as `return self.train_dataloader()`, gets what the
-    user's own returns. `release` takes all of it away, also what data sharing has set.
+    What a loader's method returns to Lightning goes through the layers in the order in which they
+    were laid. Whoever else calls it, as `return self.train_dataloader()` in another one or a model
+    that counts its classes, gets what the user's own returns. `release` takes all of it away, also
+    what data sharing has set.
 
     Args:
         model, data: as they were made.
@@ -32,7 +37,6 @@ class DataHooks:
             for owner in (model, data)
         ]
         self._layers: list[Layer] = []
-        self._is_inside = False
         for name in LOADERS:
             in_data = is_overridden(name, data, pl.LightningDataModule)
             if in_data or is_overridden(name, model):
@@ -61,14 +65,9 @@ class DataHooks:
                     vars(owner).pop(name, None)
 
     def _served(self, name: str, make: Callable[[], Any]) -> Any:
-        if self._is_inside:
-            return make()
-        self._is_inside = True
-        try:
-            made = make()
-        finally:
-            self._is_inside = False
-        for layer in self._layers:
+        is_lightning = asked_by(call.__name__)
+        made = make()
+        for layer in self._layers if is_lightning else ():
             made = layer(name, made)
         return made
 

@@ -1,141 +1,19 @@
 """Continuing a run bit-exactly: the random state, the place in the data, and what is trained."""
 
-import logging
-from collections.abc import Iterator, Mapping
+import inspect
+import math
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 
-from app.errors import Refused
-from app.parallel.split import rebuilt, share_of
+from app.data.position import ResumableLoader, resumable
+from app.parallel.split import share_of
 from app.process.random_state import draw_apart, random_state, set_random_state
 from app.run.hooks import switch_off
 from app.run.measured import Measured
 from app.run.modes import modes_of, set_modes, set_trained
-
-log = logging.getLogger(__name__)
-
-
-class ResumableLoader:
-    """A loader of training batches whose position a checkpoint can hold.
-
-    A loader with `state_dict` and `load_state_dict` finds its place itself. Any other one over a
-    map-style data set is started from the random state its epoch began with, and the batches that
-    were trained on are drawn again and dropped: samplers, augmentations and worker processes then
-    stand where they stood. An iterable data set without a state starts anew and says so.
-
-    Iterating begins when the first batch is asked for, so that a restored position is in time.
-    """
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = without_persistent_workers(loader)
-        self._epoch_start: dict[str, Any] = {}
-        self._num_served = 0
-        self._restored: dict[str, Any] | None = None
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "loader":  # not yet set: a copy is being made
-            raise AttributeError(name)
-        return getattr(self.loader, name)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty: Lightning asks, and restores it in some cases only; ExactResume does in all."""
-        return {}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Nothing: see `state_dict`."""
-
-    def __iter__(self) -> Iterator[Any]:
-        restored, self._restored = self._restored, None
-        after = random_state()
-        if restored is not None:
-            self._set_generators(restored["generators"])
-            set_random_state(restored["epoch_start"])
-        self._epoch_start = {"epoch_start": random_state(), "generators": self._generators()}
-        self._num_served = 0
-        batches = iter(self.loader)
-        if restored is not None:
-            for self._num_served in range(1, restored["num_served"] + 1):
-                next(batches)
-            set_random_state(after)
-        for batch in batches:
-            self._num_served += 1
-            yield batch
-
-    def position(self, *, mid_epoch: bool) -> dict[str, Any]:
-        """Where the loader stands, in plain values; empty between epochs if it has no state."""
-        if _is_stateful(self.loader):
-            return {"loader": self.loader.state_dict()}
-        if self._restored is not None:  # no batch was asked for since
-            return self._restored
-        if not mid_epoch:
-            return {"generators": self._generators()}
-        return {**self._epoch_start, "num_served": self._num_served}
-
-    def restore(self, position: Mapping[str, Any], *, epoch: int) -> None:
-        """Go on from what `position` returned with the next batch asked for."""
-        if "loader" in position:
-            self.loader.load_state_dict(position["loader"])
-        elif "num_served" not in position:
-            self._set_generators(position["generators"])
-        elif isinstance(getattr(self.loader, "dataset", None), IterableDataset):
-            rank_zero_warn(
-                f"resuming in epoch {epoch}: the iterable data set has no state_dict, so its first "
-                f"{position['num_served']} batches, already trained on, are served again"
-            )
-        else:
-            log.info(
-                f"resuming in epoch {epoch}: drawing {position['num_served']} batches again to "
-                "find the place in the data"
-            )
-            self._restored = dict(position)
-
-    def _own_generators(self) -> list[torch.Generator]:
-        loader = self.loader
-        holders = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-        found = [getattr(holder, "generator", None) for holder in holders]
-        return [generator for generator in found if isinstance(generator, torch.Generator)]
-
-    def _generators(self) -> list[torch.Tensor]:
-        return [generator.get_state() for generator in self._own_generators()]
-
-    def _set_generators(self, states: list[torch.Tensor]) -> None:
-        for generator, state in zip(self._own_generators(), states, strict=True):
-            generator.set_state(state)
-
-
-def without_persistent_workers(loader: Any) -> Any:
-    """The same loader with new workers every epoch: the random state of kept ones is out of reach.
-
-    Raises Refused for a subclass of DataLoader that keeps its workers.
-    """
-    if not getattr(loader, "persistent_workers", False):
-        return loader
-    if type(loader) is not DataLoader:
-        raise Refused(
-            f"{type(loader).__name__} keeps its workers between epochs, and their random state "
-            "cannot be saved; give it persistent_workers=False, or type resume=never"
-        )
-    return rebuilt(loader, persistent_workers=False)
-
-
-def resumable(loaders: Any) -> tuple[Any, list[ResumableLoader]]:
-    """What `train_dataloader` returned with each loader in it made resumable, and those loaders."""
-    if not isinstance(loaders, CombinedLoader):
-        if not isinstance(loaders, Mapping | list | tuple):
-            loader = ResumableLoader(loaders)
-            return loader, [loader]
-        loaders = CombinedLoader(loaders, "max_size_cycle")
-    found = [ResumableLoader(loader) for loader in loaders.flattened]
-    loaders.flattened = found
-    return loaders, found
 
 
 class ExactResume(pl.Callback):
@@ -160,11 +38,21 @@ class ExactResume(pl.Callback):
         self.metrics: dict[str, float] = {}
         self._restored: dict[str, Any] | None = None
         self._weights: dict[str, Any] | None = None
+        self._begins_again = False
 
     def resumable(self, loaders: Any) -> Any:
         """What `train_dataloader` returned, made to find its place again."""
         loaders, self._loaders = resumable(loaders)
+        self._restore_positions()
         return loaders
+
+    def _restore_positions(self) -> None:
+        """Tell the loaders where they stand, once it is known and they are there."""
+        if self._restored is None or not self._loaders:
+            return
+        positions = self._restored.pop("positions", [])
+        for loader, position in zip(self._loaders, positions, strict=bool(positions)):
+            loader.restore(position, epoch=self._restored["epoch"])
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -174,7 +62,11 @@ class ExactResume(pl.Callback):
             _rewind_validation(checkpoint)
         mine = {
             **(self._before_validation if self.repeats_validation else self._now(trainer)),
-            "positions": [loader.position(mid_epoch=mid_epoch) for loader in self._loaders],
+            "positions": [
+                loader.position(mid_epoch=mid_epoch, is_ahead=mid_epoch and _is_ahead(trainer))
+                for loader in self._loaders
+            ],
+            "epoch": trainer.current_epoch,
             "modes": modes_of(trainer, pl_module),
         }
         metrics = trainer.callback_metrics.items()
@@ -190,6 +82,9 @@ class ExactResume(pl.Callback):
         self.metrics = checkpoint.get("metrics", {})
         every_rank = checkpoint.get("resume")
         self._restored = every_rank and every_rank[trainer.global_rank]
+        has_begun = bool(self._loaders)  # sharded weights are restored late
+        self._restore_positions()
+        self._begins_again = has_begun
         self._weights = checkpoint["state_dict"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -205,14 +100,23 @@ class ExactResume(pl.Callback):
         if restored is None:
             draw_apart(share_of(trainer).rank)
             return
-        for loader, position in zip(self._loaders, restored["positions"], strict=True):
-            loader.restore(position, epoch=trainer.current_epoch)
+        if self._begins_again and _is_ahead(trainer):  # drop what was fetched before
+            iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
         self._measured.restore(trainer, pl_module, restored["measured"])
         set_modes(pl_module, restored["modes"])
         for name, value in self.metrics.items():
             trainer.callback_metrics[name] = _as_measured(value)
         set_random_state(restored["random_state"])
         self._before_validation = restored  # the fit may begin with a validation
+
+    def begin_epoch(self, model: pl.LightningModule, on_train_epoch_start: Any) -> None:
+        """Call a model's own hook, and fetch the first batch anew where it was asked for early."""
+        on_train_epoch_start()
+        if any(loader.waits for loader in self._loaders):
+            for loader in self._loaders:
+                loader.waits = False
+            if model.trainer.fit_loop.is_resuming:  # Lightning itself does only in later epochs
+                iter(model.trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         self._measured.go_on(trainer)
@@ -238,6 +142,15 @@ def _as_measured(value: float) -> Tensor:
     return single if float(single) == value else torch.tensor(value, dtype=torch.float64)
 
 
+def _is_ahead(trainer: pl.Trainer) -> bool:
+    """Whether Lightning has asked for one batch more than it has trained on.
+
+    It does where no length tells the last one, and the model does not fetch batches itself.
+    """
+    step = inspect.signature(trainer.lightning_module.training_step)
+    return trainer.num_training_batches == math.inf and "dataloader_iter" not in step.parameters
+
+
 def _rewind_validation(checkpoint: dict[str, Any]) -> None:
     """Let Lightning, where it loads the checkpoint, go back to the first batch of a validation.
 
@@ -248,7 +161,3 @@ def _rewind_validation(checkpoint: dict[str, Any]) -> None:
     progress["current"] = {**done, "ready": 1, "started": 1}
     progress["total"] = {**done, "ready": 1, "started": 1}
     progress["is_last_batch"] = False
-
-
-def _is_stateful(loader: Any) -> bool:
-    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")

@@ -1,0 +1,368 @@
+"""Where a training loader stands: in plain values, and found again in a loader made anew."""
+
+import copy
+import inspect
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, IterableDataset
+
+from app.errors import Refused
+from app.parallel.split import SharedSampler, copied
+from app.process.random_state import random_state, sampling_state, set_random_state
+
+log = logging.getLogger(__name__)
+
+HOLDERS = ("sampler", "batch_sampler", "dataset")
+"""What of a loader, and again of these, may draw or count."""
+
+NUMBERS_SEEN = 32
+"""Of a tensor, by which a batch is known again."""
+
+
+class ResumableLoader:
+    """A loader of training batches whose position a checkpoint can hold.
+
+    A loader with `state_dict` and `load_state_dict` finds its place itself. Any other one is
+    started from the random state its epoch began with, and the batches that were trained on are
+    drawn again and dropped: samplers, augmentations and worker processes then stand where they
+    stood. What is not map-style may serve other batches the second time, and says so.
+
+    The fit iterates it through a CombinedLoader, and its iterating begins when the first batch is
+    asked for. Whoever else iterates it gets batches of its own, and the position stays.
+
+    Args:
+        asks_ahead: whether Lightning asks for a batch before the one before it is trained on: it
+            does where some loader has no length.
+
+    Attributes:
+        waits: whether it is not iterated before an epoch has started.
+    """
+
+    def __init__(self, loader: Any, *, asks_ahead: bool) -> None:
+        self.loader = without_persistent_workers(loader)
+        self.waits = False
+        self._asks_ahead = asks_ahead
+        self._made_with = _counters(self.loader)
+        self._start: dict[str, Any] = {}
+        self._num_served = 0
+        self._last: dict[str, Any] = {}  # drawn: from which random state, and what
+        self._ahead: dict[str, Any] = {}  # the position before the last batch drawn
+        self._restored: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # not yet set: a copy is being made
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    @property
+    def worker_init_fn(self) -> Any:
+        """The loader's own, where it has workers: Lightning sets it."""
+        return self.loader.worker_init_fn
+
+    @worker_init_fn.setter
+    def worker_init_fn(self, init: Any) -> None:
+        self.loader.worker_init_fn = init
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: Lightning asks, and restores it in some cases only; ExactResume does in all."""
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Nothing: see `state_dict`."""
+
+    def __iter__(self) -> Iterator[Any]:
+        if not asked_by(CombinedLoader.__module__):
+            return iter(second(self.loader))
+        return self._served()
+
+    def _served(self) -> Iterator[Any]:
+        if self.waits:  # for its epoch to start: Lightning has asked too early, and drops this
+            yield None
+            return
+        restored, self._restored = self._restored, None
+        batches = self._begun() if restored is None else self._found(restored)
+        keeps_last = self._asks_ahead or not (self._finds_itself or _is_map_style(self.loader))
+        while True:
+            if self._asks_ahead:
+                self._ahead = {**self._now(), "before_next": sampling_state()}
+            drawn_from = sampling_state() if keeps_last else {}
+            try:
+                batch = next(batches)
+            except StopIteration:
+                if not self._num_served and restored is None:
+                    raise Refused(
+                        f"train_dataloader must serve a batch in each epoch, got none of "
+                        f"{_name_of(self.loader)}; return what has samples and can be iterated "
+                        "again, as a DataLoader can"
+                    ) from None
+                return
+            self._num_served += 1
+            if keeps_last:
+                self._last = {"drawn_from": drawn_from, "seen": seen(batch)}
+            yield batch
+
+    def _begun(self) -> Iterator[Any]:
+        self._start = {"epoch_start": random_state(), "held_start": self._held()}
+        self._num_served = 0
+        self._last = {}
+        return iter(self.loader)
+
+    def _found(self, restored: dict[str, Any]) -> Iterator[Any]:
+        """The batches behind a position."""
+        after = random_state()
+        if restored["is_new_epoch"]:
+            batches = self._begun()
+            if "loader" not in restored:
+                return batches
+            # one that ended with its last batch, and was not asked for another, ends now
+            first = next(batches, self)
+            if first is not self:
+                return chain([first], batches)
+            set_random_state(after)
+            return self._begun()
+        self._hold(restored["held_start"])
+        set_random_state(restored["epoch_start"])
+        batches = self._begun()
+        if "loader" not in restored:
+            if not self._drops(batches, restored):
+                batches = self._begun()
+            self._hold(restored["held"])
+        set_random_state(restored.get("before_next", after))
+        return batches
+
+    def _drops(self, batches: Iterator[Any], restored: dict[str, Any]) -> bool:
+        """Draw what was trained on again; False where there is less of it now, as is told."""
+        num, last = restored["num_served"], restored["last"]
+        found = None
+        for self._num_served in range(1, num + 1):
+            if last and self._num_served == num:
+                set_random_state(last["drawn_from"])
+            found = next(batches, self)
+            if found is self:
+                break
+        is_whole = found is not self
+        if not is_whole or (last and seen(found) != last["seen"]):
+            rank_zero_warn(
+                f"resuming in epoch {restored['epoch']}: {_name_of(self.loader)} has no state_dict "
+                f"and serves other batches than before, so of the {num} already trained on some "
+                "may be served again"
+            )
+        self._last = last
+        return is_whole
+
+    @property
+    def _finds_itself(self) -> bool:
+        # of what this project has split the sampler draws, and the loader cannot know
+        is_split = isinstance(getattr(self.loader, "batch_sampler", None), SharedSampler)
+        return _is_stateful(self.loader) and not is_split
+
+    def _now(self) -> dict[str, Any]:
+        if self._finds_itself:
+            return {**self._start, "loader": copy.deepcopy(self.loader.state_dict())}
+        served = {"num_served": self._num_served, "held": self._held(), "last": self._last}
+        return {**self._start, **served}
+
+    def position(self, *, mid_epoch: bool, is_ahead: bool) -> dict[str, Any]:
+        """Where the loader stands, in plain values.
+
+        Args:
+            mid_epoch: whether the epoch has batches that were not trained on.
+            is_ahead: whether the last batch served is one of them.
+        """
+        if self._restored is not None:  # no batch was asked for since
+            return self._restored
+        if is_ahead and self._asks_ahead:
+            return {**self._ahead, "is_new_epoch": False}
+        if mid_epoch or self._finds_itself:
+            return {**self._now(), "is_new_epoch": not mid_epoch}
+        return {"held": self._held(), "is_new_epoch": True}
+
+    def restore(self, position: Mapping[str, Any], *, epoch: int) -> None:
+        """Go on from what `position` returned with the next batch asked for."""
+        self._restored = {**position, "epoch": epoch}
+        self.waits = self._asks_ahead and position["is_new_epoch"]
+        if "loader" in position:
+            self.loader.load_state_dict(position["loader"])
+        elif position["is_new_epoch"]:
+            self._hold(position["held"])
+        elif position["num_served"]:
+            log.info(
+                f"resuming in epoch {epoch}: drawing {position['num_served']} batches again to "
+                "find the place in the data"
+            )
+
+    def _held(self) -> dict[str, Any]:
+        moved = {k: v for k, v in _counters(self.loader).items() if self._made_with.get(k, k) != v}
+        drawing = {name: _state_of(one) for name, one in _generators(self.loader).items()}
+        return {"counters": moved, "generators": drawing}
+
+    def _hold(self, held: Mapping[str, Any]) -> None:
+        holders = _holders(self.loader)
+        for name, value in held["counters"].items():
+            path, _, attribute = name.rpartition(".")
+            if path in holders:
+                vars(holders[path])[attribute] = value
+        for name, one in _generators(self.loader).items():
+            if name in held["generators"]:
+                _set_state(one, held["generators"][name])
+
+
+def resumable(loaders: Any) -> tuple[Any, list[ResumableLoader]]:
+    """What `train_dataloader` returned with each loader in it made resumable, and those loaders."""
+    if not isinstance(loaders, CombinedLoader):
+        if not isinstance(loaders, Mapping | list | tuple):
+            loader = ResumableLoader(loaders, asks_ahead=sized_len(loaders) is None)
+            return loader, [loader]
+        loaders = CombinedLoader(loaders, "max_size_cycle")
+    asks_ahead = any(sized_len(loader) is None for loader in loaders.flattened)
+    found = [ResumableLoader(loader, asks_ahead=asks_ahead) for loader in loaders.flattened]
+    loaders.flattened = found
+    return loaders, found
+
+
+def without_persistent_workers(loader: Any) -> Any:
+    """The same loader with new workers every epoch: the random state of kept ones is out of reach.
+
+    One that finds its place itself knows its workers.
+    """
+    if not getattr(loader, "persistent_workers", False) or _is_stateful(loader):
+        return loader
+    return copied(loader, persistent_workers=False)
+
+
+def seen(batch: Any) -> str:
+    """A batch as far as it is looked at, to know it again: a few numbers of each tensor."""
+    return repr([_seen_of(leaf) for leaf in tree_leaves(batch)])
+
+
+def _seen_of(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor | np.ndarray):
+        shape = tuple(leaf.shape)
+        is_dense = isinstance(leaf, np.ndarray) or (
+            leaf.layout == torch.strided and not leaf.is_nested
+        )
+        if not is_dense or 0 in shape:
+            return shape
+        first = leaf[(0,) * (leaf.ndim - 1)] if leaf.ndim > 1 else leaf.reshape(-1)
+        last = leaf[(-1,) * (leaf.ndim - 1)] if leaf.ndim > 1 else first
+        return shape, first[:NUMBERS_SEEN].tolist(), last[-NUMBERS_SEEN:].tolist()
+    return leaf if isinstance(leaf, str | bytes | int | float) else type(leaf).__name__
+
+
+def asked_by(module: str) -> bool:
+    """Whether the function that asks this was called by one of a module."""
+    frame = inspect.currentframe()
+    for _ in range(2):
+        frame = frame.f_back if frame is not None else None
+    return frame is not None and frame.f_globals.get("__name__") == module
+
+
+def second(loader: Any) -> Any:
+    """A loader of the same data whose iteration leaves the position of the first alone."""
+    twin = copy.copy(loader)
+    for name in ("loader", "batch_sampler", "sampler", "generator"):
+        if getattr(loader, "__dict__", {}).get(name) is not None:
+            vars(twin)[name] = second(vars(loader)[name])
+    if isinstance(twin, DataLoader):
+        vars(twin)["_iterator"] = None  # that of persistent workers
+    return twin
+
+
+def _name_of(loader: Any) -> str:
+    return type(getattr(loader, "dataset", loader)).__name__
+
+
+def _is_stateful(loader: Any) -> bool:
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
+def _is_map_style(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def _holders(loader: Any) -> dict[str, Any]:
+    """A loader, its samplers and data sets, and theirs, by their paths."""
+    found: dict[str, Any] = {}
+
+    def walk(path: str, one: Any) -> None:
+        if not hasattr(one, "__dict__") or any(one is other for other in found.values()):
+            return
+        found[path] = one
+        for name in HOLDERS:
+            if (inner := vars(one).get(name)) is not None:
+                walk(f"{path}/{name}", inner)
+
+    walk("loader", loader)
+    return found
+
+
+def _counters(loader: Any) -> dict[str, Any]:
+    """The numbers that samplers and data sets keep, such as an epoch, by their paths."""
+    return {
+        f"{path}.{name}": value
+        for path, one in _holders(loader).items()
+        if one is not loader
+        for name, value in vars(one).items()
+        if value is None or isinstance(value, bool | int | float)
+    }
+
+
+GENERATORS = torch.Generator, random.Random, np.random.Generator, np.random.RandomState
+
+
+def _generators(loader: Any) -> dict[str, Any]:
+    """What a loader, its samplers and data sets draw from, by their paths."""
+    return {
+        f"{path}.{name}": value
+        for path, one in _holders(loader).items()
+        for name, value in vars(one).items()
+        if isinstance(value, GENERATORS)
+    }
+
+
+def _state_of(generator: Any) -> Any:
+    """The state of a generator, in plain values."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.Generator):
+        return _plain(generator.bit_generator.state)
+    return _plain(generator.get_state(legacy=False))
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        version, words, gauss = state
+        generator.setstate((version, tuple(words), gauss))
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = _arrays(state)
+    else:
+        generator.set_state(_arrays(state))
+
+
+def _plain(state: Any) -> Any:
+    """Arrays as tensors of whole numbers."""
+    if isinstance(state, dict):
+        return {key: _plain(value) for key, value in state.items()}
+    return torch.from_numpy(state.astype(np.int64)) if isinstance(state, np.ndarray) else state
+
+
+def _arrays(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _arrays(value) for key, value in state.items()}
+    return state.numpy().astype(np.uint64) if isinstance(state, torch.Tensor) else state

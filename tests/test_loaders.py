@@ -1,0 +1,284 @@
+"""Whatever loaders a user brings: continued, split, combined, empty, and asked a second time."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from theirs import LitModel, Noisy
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    get_worker_info,
+)
+
+from app.run.build import Run, build
+from app.run.checkpoint import newest_intact
+
+QUIET = ("model=custom", "model._target_=test_loaders.Recorder", "data=custom", "optimizer=none",
+         "data._target_=test_loaders.Data", "trainer.max_epochs=3", "logger=none",
+         "callbacks.progress=null", "trainer.accelerator=cpu")  # fmt: skip
+OFTEN = "callbacks.checkpoint.every_n_steps=1"
+
+
+class Recorder(LitModel):
+    """Dropout, and a list of what it has trained on, by the labels of a batch's first tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained_on: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(batch) if leaf is not None]
+        x = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim == 2)
+        self.trained_on.append([leaf.tolist() for leaf in leaves if isinstance(leaf, torch.Tensor)])
+        return self.net(x).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Stream(IterableDataset):
+    """Numbered samples in an order drawn each time, each with noise; its workers share them."""
+
+    def __init__(self, num_samples: int = 22, shuffles: bool = False) -> None:
+        self.num_samples = num_samples
+        self.shuffles = shuffles
+
+    def __iter__(self) -> Iterator[Any]:
+        order = list(range(self.num_samples))
+        if self.shuffles:
+            random.shuffle(order)
+        info = get_worker_info()
+        for index in order if info is None else order[info.id :: info.num_workers]:
+            yield torch.randn(10) / 10 + index, index
+
+
+class CountsEpochs(Stream):
+    """Shuffles by the epoch that it counts itself."""
+
+    epoch = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.epoch += 1
+        order = np.random.default_rng(self.epoch).permutation(self.num_samples)
+        return ((torch.randn(10) / 10 + index, int(index)) for index in order)
+
+
+class OwnGenerator(Stream):
+    """Shuffles by a generator that goes on from epoch to epoch."""
+
+    def __init__(self, rng: Any) -> None:
+        super().__init__()
+        self.rng = rng
+
+    def __iter__(self) -> Iterator[Any]:
+        order = list(range(self.num_samples))
+        self.rng.shuffle(order)
+        return ((torch.full((10,), float(index)), int(index)) for index in order)
+
+
+class Sized(Stream):
+    """Knows how many samples it has."""
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+
+class Stateful:
+    """A loader of their own, without a length, that continues by itself."""
+
+    def __init__(self, num_batches: int = 7) -> None:
+        self.num_batches = num_batches
+        self.batch = 0
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.batch < self.num_batches:
+            self.batch += 1
+            rng = np.random.default_rng((self.epoch, self.batch))
+            noise = torch.randn(4, 10) / 100
+            yield torch.from_numpy(rng.normal(size=(4, 10))).float() + noise, self.batch
+        self.batch = 0
+        self.epoch += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batch": self.batch, "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batch, self.epoch = state["batch"], state["epoch"]
+
+
+class Iterable:
+    """Batches of a class that has no length and no state."""
+
+    def __iter__(self) -> Iterator[Any]:
+        order = torch.randperm(6).tolist()
+        return ((torch.randn(4, 10) + index, torch.tensor(index)) for index in order)
+
+
+class Drawn(Sampler):
+    """Draws from a generator of Python's own, from epoch to epoch."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+        self.rng = random.Random(5)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.rng.sample(range(self.num_samples), self.num_samples))
+
+
+class Unsized(Drawn):
+    """A sampler that does not say how much it draws: its loader has no length either."""
+
+    __len__ = None  # type: ignore[assignment]
+
+
+class Scheduled(Dataset):
+    """Shows each sample as its epoch says, which somebody sets."""
+
+    epoch = 0
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.full((10,), index + 100.0 * self.epoch), index
+
+
+def stateful_dataloader(dataset: Any, **settings: Any) -> Any:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    return StatefulDataLoader(dataset, batch_size=4, **settings)
+
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    "stream": lambda: DataLoader(Stream(), batch_size=4),
+    "stream shuffled": lambda: DataLoader(Stream(shuffles=True), batch_size=4),
+    "stream with workers": lambda: DataLoader(Stream(shuffles=True), batch_size=4, num_workers=2),
+    "stream with kept workers": lambda: DataLoader(
+        Stream(), batch_size=4, num_workers=2, persistent_workers=True
+    ),
+    "stream with a length": lambda: DataLoader(Sized(), batch_size=4),
+    "batches as they are": lambda: DataLoader(
+        [(torch.randn(4, 10), i) for i in range(5)], batch_size=None, shuffle=True
+    ),
+    "stream that counts epochs": lambda: DataLoader(CountsEpochs(), batch_size=4),
+    "stream of a python generator": lambda: DataLoader(
+        OwnGenerator(random.Random(3)), batch_size=4
+    ),
+    "stream of a numpy generator": lambda: DataLoader(
+        OwnGenerator(np.random.default_rng(3)), batch_size=4
+    ),
+    "stream of an old numpy generator": lambda: DataLoader(
+        OwnGenerator(np.random.RandomState(3)), batch_size=4
+    ),
+    "their own state": Stateful,
+    "their own class": Iterable,
+    "their sampler": lambda: DataLoader(Noisy(20), batch_size=4, sampler=Drawn(20)),
+    "a sampler without a length": lambda: DataLoader(Noisy(20), batch_size=4, sampler=Unsized(20)),
+    "shuffled": lambda: DataLoader(Noisy(22), batch_size=4, shuffle=True),
+    "shuffled by a generator": lambda: DataLoader(
+        Noisy(22), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(7)
+    ),
+    "batches of a sampler": lambda: DataLoader(
+        Noisy(22), batch_sampler=BatchSampler(RandomSampler(range(22)), 4, True)
+    ),
+    "streams, combined": lambda: {
+        "one": DataLoader(Stream(), batch_size=4), "other": DataLoader(Noisy(24), batch_size=4),
+    },
+    "a short one beside": lambda: {
+        "one": DataLoader(Noisy(24), batch_size=4), "other": DataLoader(Noisy(8), 2, shuffle=True),
+    },
+    "as many as the shortest": lambda: CombinedLoader(
+        [DataLoader(Noisy(24), 4, shuffle=True), DataLoader(Stream(40), 4)], "min_size"
+    ),
+    "stateful stream": lambda: stateful_dataloader(Stream(shuffles=True)),
+    "stateful stream, workers": lambda: stateful_dataloader(Stream(), num_workers=2),
+    "stateful samples": lambda: stateful_dataloader(Noisy(22), shuffle=True),
+    "stateful samples, workers": lambda: stateful_dataloader(
+        Noisy(22), shuffle=True, num_workers=2
+    ),
+}  # fmt: skip
+
+
+class Data(pl.LightningDataModule):
+    """Serves one of the loaders above."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def train_dataloader(self) -> Any:
+        return LOADERS[self.kind]()
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(Noisy(8), batch_size=4)
+
+
+class Cut(Exception):  # noqa: N818  # the end of the power, not an error of the program
+    pass
+
+
+class CutAt(pl.Callback):
+    """Ends the process, as far as the run can tell, when a batch begins."""
+
+    def __init__(self, batch: int | None) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.fit_loop.total_batch_idx == self.batch:
+            raise Cut
+
+
+def fit(config: Any, *, cut_at: int | None = None) -> Run:
+    run = build(config, [CutAt(cut_at)])
+    checkpoint = newest_intact(Path(config.run_dir) / "checkpoints")
+    try:
+        run.trainer.fit(run.model, datamodule=run.data, ckpt_path=checkpoint)
+    except Cut:
+        assert cut_at is not None
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+@pytest.mark.parametrize("kind", LOADERS)
+def test_da_state_a_run_goes_on_behind_the_last_batch_it_was_trained_on(
+    checked: Callable[..., Any], tmp_path: Path, kind: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    if kind.startswith("stateful"):
+        pytest.importorskip("torchdata.stateful_dataloader")
+    typed = (*QUIET, OFTEN, f"+data.kind='{kind}'")
+    whole = fit(checked(*typed, f"run_dir={tmp_path}/whole"))
+    num_batches = len(whole.model.trained_on)
+    epoch = num_batches // 3
+    assert epoch > 2
+    for cuts in ([2], [epoch], [epoch + 2, 2 * epoch + 1]):
+        config = checked(*typed, f"run_dir={tmp_path}/{cuts[0]}")
+        begun = 0
+        for cut_at in (*cuts, None):
+            cut = fit(config, cut_at=cut_at)
+            served = cut.model.trained_on
+            assert served == whole.model.trained_on[begun : begun + len(served)], cuts
+            begun = cut_at if cut_at is not None else begun + len(served)
+        assert begun == num_batches
+        for name, tensor in whole.model.state_dict().items():
+            assert torch.equal(tensor, cut.model.state_dict()[name]), (name, cuts)
+    assert not [str(one.message) for one in recwarn if "served again" in str(one.message)]
