@@ -123,9 +123,10 @@ class ResumableLoader:
         """The batches behind a position."""
         after = random_state()
         if restored["is_new_epoch"]:
-            batches = self._begun()
             if "loader" not in restored:
-                return batches
+                self._hold(restored["held"])  # again: Lightning has tried whether it can iterate
+                return self._begun()
+            batches = self._begun()
             # one that ended with its last batch, and was not asked for another, ends now
             first = next(batches, self)
             if first is not self:
@@ -185,7 +186,8 @@ class ResumableLoader:
             return self._restored
         if is_ahead and self._asks_ahead:
             return {**self._ahead, "is_new_epoch": False}
-        if mid_epoch or self._finds_itself:
+        keeps_data = hasattr(getattr(self.loader, "dataset", self.loader), "state_dict")
+        if mid_epoch or (self._finds_itself and keeps_data):
             return {**self._now(), "is_new_epoch": not mid_epoch}
         return {"held": self._held(), "is_new_epoch": True}
 
@@ -195,9 +197,7 @@ class ResumableLoader:
         self.waits = self._asks_ahead and position["is_new_epoch"]
         if "loader" in position:
             self.loader.load_state_dict(position["loader"])
-        elif position["is_new_epoch"]:
-            self._hold(position["held"])
-        elif position["num_served"]:
+        elif not position["is_new_epoch"]:
             log.info(
                 f"resuming in epoch {epoch}: drawing {position['num_served']} batches again to "
                 "find the place in the data"
