@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.trainer.connectors import data_connector
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
@@ -83,9 +84,11 @@ class ResumableLoader:
         """Nothing: see `state_dict`."""
 
     def __iter__(self) -> Iterator[Any]:
-        if not asked_by(CombinedLoader.__module__):
-            return iter(second(self.loader))
-        return self._served()
+        if asked_by(CombinedLoader.__module__):
+            return self._served()
+        if asked_by(data_connector.__name__) and isinstance(self.loader, DataLoader):
+            return iter(())  # it tries whether what is no DataLoader can be iterated
+        return iter(second(self.loader))
 
     def _served(self) -> Iterator[Any]:
         if self.waits:  # for its epoch to start: Lightning has asked too early, and drops this
