@@ -3,10 +3,11 @@
 import csv
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
@@ -27,58 +28,209 @@ def tensorboard_where_installed(*, save_dir: str, name: str, version: str) -> Lo
         return None
 
 
-class MetricsCsv(Logger):
+MOST_STEPS = 10**18
+"""Readers take a longer number for no step."""
+
+
+class Nothing:
+    """Takes any call, item or attribute, and does nothing.
+
+    Args:
+        said: what to warn of, once, with the first name that is asked for; None: of nothing.
+    """
+
+    def __init__(self, said: str | None = None) -> None:
+        self._said = said
+
+    def __getattr__(self, name: str) -> "Nothing":
+        if name.startswith("__"):  # Python asks for what it could do with this
+            raise AttributeError(name)
+        if self._said is not None:
+            said, self._said = self._said, None
+            rank_zero_warn(said.format(name=name))
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "Nothing":
+        return self
+
+    def __getitem__(self, key: Any) -> "Nothing":
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Nothing."""
+
+    def __iter__(self) -> Iterator["Nothing"]:
+        return iter(())
+
+    def __enter__(self) -> "Nothing":
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        """Nothing."""
+
+
+class NoLogger(Logger):
+    """Stands where nothing is logged, so that what a model does with `self.logger` goes on.
+
+    Args:
+        save_dir: folder of the run: what a model writes into `trainer.log_dir` is in there.
+    """
+
+    said: str | None = None
+    """What to warn of at the first call that is ignored."""
+
+    def __init__(self, *, save_dir: str) -> None:
+        super().__init__()
+        self._save_dir = save_dir
+        self.experiment = Nothing(self.said)
+
+    @property
+    def name(self) -> str:
+        """Of the kind of logger."""
+        return "none"
+
+    @property
+    def version(self) -> str:
+        """Empty: a run is logged once."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """Folder of the run; `root_dir` and `log_dir` are the same."""
+        return self._save_dir
+
+    root_dir = log_dir = save_dir
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Nothing."""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the configuration stands in the run's folder."""
+
+    def log_graph(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        """What another logger may have: `log_image`, `watch`."""
+        if name.startswith("_") or name == "experiment":
+            raise AttributeError(name)
+        return getattr(self.experiment, name)
+
+    def __getitem__(self, index: int) -> "NoLogger":
+        return self
+
+
+class MetricsCsv(NoLogger):
     """One line per logged optimizer step, a column per metric, in `metrics.csv`.
 
-    Lightning's CSVLogger deletes the file when a run is continued; here the lines before the first
-    step that is logged again stay.
+    Lightning's CSVLogger deletes the file when a run is continued; here the lines before the place
+    that it goes on from stay. A step of the user's own, as in `self.log("step", float(epoch))`,
+    stands in the column `logged_step`. What is no number is left out, and said once.
 
     Args:
         save_dir: folder of the file.
     """
 
+    said = (
+        "{name}: only metrics are kept in metrics.csv, and this is left out; to have it type "
+        "logger=tensorboard"
+    )
+
     def __init__(self, *, save_dir: str) -> None:
-        super().__init__()
+        super().__init__(save_dir=save_dir)
         self.path = Path(save_dir) / "metrics.csv"
         self._columns: list[str] = []
         self._line: dict[str, Any] = {}
         self._line_start = 0
+        self._is_saved = True
+        self._is_in_file = False  # the line, as it was before
+        self._early: list[dict[str, Any]] = []
+        self._first_step: int | None = None
+        self._waits = False
+        self._trainer: pl.Trainer | None = None
+        self._num_steps: Callable[[], int] = lambda: 0
+        self._left_out: set[str] = set()
 
     @property
     def name(self) -> str:
         """Of the kind of logger."""
         return "metrics"
 
-    @property
-    def version(self) -> str:
-        """Empty: a run has one file."""
-        return ""
+    def follow(self, trainer: pl.Trainer, num_steps: Callable[[], int]) -> None:
+        """Let a trainer say where it stands; write nothing until it has begun.
+
+        Args:
+            num_steps: returns the optimizer steps made so far, as loggers count them.
+        """
+        self._trainer, self._num_steps, self._waits = trainer, num_steps, True
+
+    def begin(self) -> None:
+        """Go on from where the trainer stands: lines from there on are written again."""
+        self._first_step, self._waits = self._num_steps(), False
 
     @rank_zero_only
-    def log_hyperparams(self, *args: Any) -> None:
-        """Nothing: the configuration stands beside the file."""
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Add to the line of an optimizer step, counted from 0; None: to the line under way."""
+        found = self._numbers(metrics)
+        if not found:
+            return
+        if "step" in found:
+            found["logged_step"] = found.pop("step")
+        now = max(0, self._num_steps() - 1)
+        if step is None:
+            step = self._line.get("step", now)
+        elif "epoch" not in found and self._is_users(step):
+            found["logged_step"], step = step, now
+        other = "logged_step" in found and found["logged_step"] != self._line.get("logged_step")
+        if self._line and (other or self._line["step"] != step):
+            self._close()
+        self._line = {"step": step, **self._line, **found}
+        self._is_saved = False
 
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add to the line of an optimizer step, counted from 0."""
-        assert step is not None
-        if self._line.get("step") != step:
-            self._line = {"step": step}
-            self._line_start = self.path.stat().st_size if self._columns else 0
-        self._line.update(metrics)
+    def _is_users(self, step: Any) -> bool:
+        """Whether a step is none of the trainer's: a model has logged it as a metric, which
+        Lightning then takes for the axis, or it is no number of a line."""
+        if not isinstance(step, int) or not 0 <= step < MOST_STEPS:
+            return True
+        logged = None if self._trainer is None else self._trainer.logged_metrics.get("step")
+        return logged is not None and int(logged) == step
+
+    def _numbers(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, value in metrics.items():
+            if isinstance(value, Mapping):
+                found |= self._numbers({f"{name}/{part}": item for part, item in value.items()})
+                continue
+            try:
+                found[name] = value if type(value) in (int, float) else float(value)
+            except (TypeError, ValueError, RuntimeError):  # torch's, of a tensor of several numbers
+                if name not in self._left_out:
+                    self._left_out.add(name)
+                    rank_zero_warn(f"metrics.csv holds numbers: {name}, {value!r:.60}, is left out")
+        return found
+
+    def _close(self) -> None:
+        """Begin a line."""
+        self.save()
+        if self._waits:
+            self._early.append(self._line)
+        elif self._columns:
+            self._line_start = self.path.stat().st_size
+        self._line, self._is_in_file = {}, False
 
     @rank_zero_only
     def save(self) -> None:
         """Bring the file up to date."""
-        if not self._line:
+        if self._is_saved or self._waits:
             return
         if not self._columns or not self._line.keys() <= set(self._columns):
             self._rewrite()
-            return
-        with self.path.open("r+", newline="", encoding="utf-8") as file:
-            file.seek(self._line_start)
-            csv.DictWriter(file, self._columns).writerow(self._line)
-            file.truncate()
+        else:
+            with self.path.open("r+", newline="", encoding="utf-8") as file:
+                file.seek(self._line_start)
+                csv.DictWriter(file, self._columns).writerow(self._line)
+                file.truncate()
+        self._is_saved = self._is_in_file = True
 
     @rank_zero_only
     def sync(self) -> None:
@@ -93,11 +245,14 @@ class MetricsCsv(Logger):
         self.save()
 
     def _rewrite(self) -> None:
-        step = self._line["step"]
-        lines = [line for line in _read_lines(self.path) if int(line["step"]) <= step]
-        if lines and int(lines[-1]["step"]) == step:
-            # of a run that was continued in the midst of the line: it is measured alike again
-            self._line = {**lines.pop(), **self._line}
+        lines: list[dict[str, Any]] = list(_read_lines(self.path))
+        if not self._columns:
+            first = self._line["step"] if self._first_step is None else self._first_step
+            lines, self._early = [*_before(lines, first), *self._early], []
+            if lines and int(lines[-1]["step"]) == self._line["step"]:
+                self._line = {**lines.pop(), **self._line}  # of a validation that is repeated
+        elif self._is_in_file:
+            lines.pop()
         self._columns = list(dict.fromkeys(name for line in [*lines, self._line] for name in line))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = io.StringIO(newline="")
@@ -107,6 +262,13 @@ class MetricsCsv(Logger):
         self._line_start = len(text.getvalue().encode())
         writer.writerow(self._line)
         write_atomically(self.path, text.getvalue())
+
+
+def _before(lines: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    """The lines before those of a step and the ones after it: in the order of the file, as a model
+    may have logged with steps of its own. Those of the trainer have an epoch."""
+    ends = (at for at, line in enumerate(lines) if "epoch" in line and int(line["step"]) >= step)
+    return lines[: next(ends, len(lines))]
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

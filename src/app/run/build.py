@@ -19,6 +19,7 @@ from app.optim import configure_optimizers
 from app.parallel.data_parallel import DataParallel
 from app.parallel.sharded import Sharded
 from app.process.targets import refuse_targets
+from app.record.loggers import MetricsCsv, NoLogger
 from app.run.checkpoint import CheckpointFiles, Checkpoints
 from app.run.hooks import DataHooks
 from app.run.metrics import AwaitedMetrics, StepMetrics, awaited_metrics
@@ -103,6 +104,7 @@ def build(
             technique.refuse_manual_optimization(model)
     made = [_make(logger) for logger in (config.plain["logger"] or {}).values() if logger]
     loggers = [logger for logger in made if logger is not None]
+    loggers.sort(key=lambda logger: isinstance(logger, MetricsCsv))  # the first is `self.logger`
     callbacks = [
         *techniques,
         *finders,
@@ -191,7 +193,8 @@ def build_callbacks(chosen: Mapping[str, Any] | None) -> list[pl.Callback]:
 def build_trainer(
     config: Config, *, callbacks: Sequence[pl.Callback], loggers: Sequence[Logger]
 ) -> Trainer:
-    """Build the trainer around its callbacks and loggers."""
+    """Build the trainer around its callbacks and loggers; without one, a NoLogger stands there:
+    models rely on `self.logger`."""
     has_bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
     make = instantiate(config.plain["trainer"], _convert_="object", _partial_=True)
     trainer: Trainer = make(  # given to `instantiate`, a callback that is a dataclass is copied
@@ -200,7 +203,7 @@ def build_trainer(
         matmul=config.plain["precision"]["matmul"],
         run_dir=Path(config.run_dir),
         callbacks=callbacks,
-        loggers=loggers,
+        loggers=loggers or [NoLogger(save_dir=config.run_dir)],
         checkpoint_io=CheckpointFiles(),
         enable_progress_bar=has_bar,
     )

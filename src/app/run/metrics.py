@@ -10,6 +10,7 @@ from torch import Tensor
 
 from app.errors import Refused
 from app.parallel.split import mean_over_ranks
+from app.record.loggers import MetricsCsv
 
 
 @runtime_checkable
@@ -46,11 +47,15 @@ class StepMetrics(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._reset()
+            for logger in _csv_files(trainer):
+                logger.follow(trainer, lambda: self._num_steps)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         self._sources = [c for c in callbacks if isinstance(c, HasStepMetrics)]
         self._every_n_steps = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        for logger in _csv_files(trainer):
+            logger.begin()
 
     def on_train_batch_end(
         self,
@@ -128,6 +133,10 @@ class StepMetrics(pl.Callback):
 def _next_line(trainer: pl.Trainer) -> int:
     """Number of the line that Lightning logs next, from 0: of the batches that may step."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _csv_files(trainer: pl.Trainer) -> list[MetricsCsv]:
+    return [logger for logger in trainer.loggers if isinstance(logger, MetricsCsv)]
 
 
 class AwaitedMetrics(pl.Callback):
