@@ -45,7 +45,7 @@ QUIET: Any = {"logger": False, "barebones": True}
 
 HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
     "._batches_that_stepped": (
-        "run/measured.py run/metrics.py",
+        "run/unfinished.py run/metrics.py",
         "that a line of the step metrics, and one that waits in a checkpoint, has Lightning's step",
         lambda: _of(lambda: pl.Trainer(**QUIET).fit_loop.epoch_loop, "_batches_that_stepped"),
     ),
@@ -55,7 +55,7 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _of(lambda: torch.nn.BatchNorm1d(1), "_buffers"),
     ),
     "._computed": (
-        "run/measured.py",
+        "run/unfinished.py",
         "that a mean over a continued epoch is taken anew when its first part joins it",
         lambda: _of(torchmetrics.MeanMetric, "_computed"),
     ),
@@ -105,7 +105,7 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _of(lambda: torch.nn.Linear(1, 1), "_non_persistent_buffers_set"),
     ),
     "._results": (
-        "parallel/data_parallel.py run/measured.py",
+        "parallel/data_parallel.py run/unfinished.py",
         "that what is logged in an evaluation is weighted by the samples of the batch, and that a "
         "mean over a continued epoch is over all of it",
         lambda: (
@@ -127,7 +127,7 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _of(pl.LightningModule, "_trainer"),
     ),
     "._update_count": (
-        "run/measured.py",
+        "run/unfinished.py",
         "that a metric of a continued epoch knows that it was updated",
         lambda: _of(torchmetrics.MeanMetric, "_update_count"),
     ),

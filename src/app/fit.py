@@ -147,6 +147,7 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
         from app.record.result import Record, draw_curves
         from app.run.build import seed_all
         from app.run.checkpoint import newest_intact
+        from app.run.measured import tested
         from app.run.progress import StartTable
         from app.run.signals import StopsOnSignal
     is_first = ranks().is_first
@@ -169,26 +170,29 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
                     raise  # nobody asked: not the end of a rank that left before this one
                 raise SystemExit(asked.exit_code) from stop  # Lightning's is another
             asked.release()
+        kept = run.checkpoints()
+        kind = "last" if config.test == "last" or kept["best"] == kept["last"] else "best"
+        delivered = kind if kept[kind] else None
         record.content |= {
-            "metrics": run.metrics(),
+            **run.measured(delivered),
             "optimizer_steps": run.trainer.global_step,
             "epochs": run.trainer.current_epoch,
             "batch": start.batch or before.get("batch", {}),  # no step was left to make
-            "checkpoints": run.checkpoints(),
+            "checkpoints": {name: path and folder.within(path) for name, path in kept.items()},
         }
         record.write()  # what is known now is not measured again where the test is cut
         is_pruned = any(callback.has_pruned for callback in pruning)
         if is_pruned:
             record.outcome = State.pruned
         elif config.test != "none" and run.has_test():
-            path = record.content["checkpoints"][config.test.value]
             with record.phase("test"):
                 seed_all(config.seed)
                 metrics = run.trainer.test(
-                    run.model, datamodule=run.data, ckpt_path=path, verbose=False
+                    run.model, datamodule=run.data, ckpt_path=kept[kind], verbose=False
                 )
             for name, value in (item for part in metrics for item in part.items()):
                 record.content["metrics"][name] = value
+                record.content["metrics_of"][name] = tested(run.trainer, delivered)
         if is_first:
             with record.phase("curves"):
                 try:
@@ -196,9 +200,24 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
                 except OSError as error:  # a picture does not fail a run
                     print(f"no curves are drawn: {error}")
     if is_first:
-        text = "  ".join(f"{k} {v:.4g}" for k, v in sorted(record.content["metrics"].items()))
-        print(f"{record.outcome}  {text}\n{folder.result_path}")
+        print(f"{record.outcome}  {outcome(record.content)}\n{folder.result_path}")
     return record.content
+
+
+def outcome(result: Mapping[str, Any]) -> str:
+    """What a run delivers, in a line: what was measured of it, and nothing of other weights."""
+    of = result["metrics_of"]
+    places = {name: where for name, where in of.items() if where["on"] != "train"}
+    # the test is of what is delivered; without one, what was validated is
+    tests = [where for where in places.values() if where["on"] == "test"]
+    steps = {where["step"] for where in tests or places.values() if where["checkpoint"]}
+    shown = [name for name, where in places.items() if where["step"] in steps] or [*of]
+    text = "  ".join(f"{name} {result['metrics'][name]:.4g}" for name in sorted(shown))
+    where = next((of[name] for name in shown if name in places), None)
+    if where is None:
+        return text
+    named = f"{where['checkpoint']} checkpoint, " if where["checkpoint"] else ""
+    return f"{text}  ({named}epoch {where['epoch']}, step {where['step']})"
 
 
 def built(config: Config, callbacks: "Sequence[Callback]") -> "Run":

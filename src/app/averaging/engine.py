@@ -129,6 +129,11 @@ class Averaging(pl.Callback):
         self._begins_at_once = True
         self.bn_batches, self.validate = None, "averaged"
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is an average, which is then what the run delivers."""
+        return self._num_updates > 0
+
     def step_metrics(self) -> dict[str, float]:
         """The number of models in the average."""
         return {"averaged_models": float(self._num_updates)}

@@ -4,7 +4,7 @@ config.yaml      every key as it was resolved; overrides.yaml: what was typed
 metrics.csv      a line per logged optimizer step; tensorboard/ the same for TensorBoard
 checkpoints/     best.ckpt, last.ckpt, previous.ckpt
 curves.png       the metrics over the optimizer steps
-result.json      status, final metrics, batch sizes, checkpoints, seconds, versions
+result.json      status, metrics, of which weights each is, batch sizes, checkpoints, seconds
 """
 
 import errno
@@ -78,9 +78,9 @@ CONFIG = {
 
 RESULT = {
     **dict.fromkeys(("name", "error", "where", "config_hash"), _is_text),
-    **dict.fromkeys(("metrics", "seconds"), _is_number_by_name),
+    **dict.fromkeys(("metrics", "last_metrics", "seconds"), _is_number_by_name),
     **dict.fromkeys(("optimizer_steps", "epochs", "rank", "submitted_at"), _is_number),
-    **dict.fromkeys(("batch", "checkpoints"), _is_group),
+    **dict.fromkeys(("batch", "checkpoints", "metrics_of"), _is_group),
     "status": _is_status,
     "slurm_job": _is_slurm_job,
 }
@@ -123,6 +123,12 @@ class RunFolder:
         self.result_path = path / "result.json"
         self.checkpoints = path / "checkpoints"
         self.lock_path = path.parent / f".{path.name}.lock"
+
+    def within(self, path: str) -> str:
+        """A path as files of the run hold it: relative to the folder where it is in it, so that it
+        holds where the folder is moved. `folder.path / it` is the path again."""
+        whole, top = Path(path).absolute(), self.path.absolute()
+        return str(whole.relative_to(top) if whole.is_relative_to(top) else whole)
 
     def read_config(self) -> dict[str, Any] | None:
         """The configuration of the run that is in the folder; None where there is none.

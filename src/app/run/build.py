@@ -22,6 +22,7 @@ from app.process.targets import refuse_targets
 from app.record.loggers import MetricsCsv, NoLogger
 from app.run.checkpoint import CheckpointFiles, Checkpoints
 from app.run.hooks import DataHooks
+from app.run.measured import Measured, keeper, measured
 from app.run.metrics import AwaitedMetrics, StepMetrics, awaited_metrics
 from app.run.resume import ExactResume
 from app.run.schedules import Schedules
@@ -42,20 +43,19 @@ class Run:
     trainer: Trainer
     hooks: DataHooks
 
-    def metrics(self) -> dict[str, float]:
-        """What the fit has measured last, also before it was continued."""
+    def measured(self, checkpoint: str | None) -> dict[str, Any]:
+        """What the fit has measured, also before it was continued; see `run.measured`."""
         resumes = [c for c in self.trainer.callbacks if isinstance(c, ExactResume)]
-        before = resumes[0].metrics if resumes else {}
-        now = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        return {**before, **now}
+        return measured(self.trainer, resumes[0].metrics if resumes else {}, checkpoint)
 
     def checkpoints(self) -> dict[str, str | None]:
         """Paths of the best and the last checkpoint; None where there is none."""
-        keeper = self.trainer.checkpoint_callback
-        if not isinstance(keeper, Checkpoints):
-            return {"best": None, "last": None}
-        last = str(keeper.last) if keeper.last.exists() else None
-        return {"best": keeper.best_model_path or last, "last": last}
+        kept = keeper(self.trainer)
+        if isinstance(kept, Checkpoints):
+            last = str(kept.last) if kept.last.exists() else None
+        else:
+            last = getattr(kept, "last_model_path", None) or None
+        return {"best": getattr(kept, "best_model_path", None) or last, "last": last}
 
     def has_test(self) -> bool:
         """Whether the model has a test step, and it or the data a loader for it."""
@@ -110,6 +110,7 @@ def build(
         *finders,
         *parallel,
         StepMetrics(),
+        Measured(),
         AwaitedMetrics(awaited_metrics(config.plain)),
         resume,
         Schedules(),

@@ -1,109 +1,122 @@
-"""What a model has measured so far in an epoch: its metrics, and the means of what it logs."""
+"""What a run has measured, and of which weights each value is."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+
+from app.averaging.engine import averages_of
+from app.run.checkpoint import Checkpoints
+
+Where = dict[str, Any]
+"""`on` train, validation or test; `checkpoint` best, last or None, of weights that none keeps;
+`weights` raw or averaged; `epoch` and `step` that were trained then, as the lines of epochs say."""
 
 
-class Measured:
-    """The unfinished measurements of a training epoch, kept in checkpoints and gone on from.
-
-    Lightning keeps neither: the mean over an epoch that was continued would be one over its rest.
-    What a model logs as a number is known again when it logs it the first time after a restore;
-    until then the saved sums wait.
-    """
+class Measured(pl.Callback):
+    """Notes what the last validation has measured, and the one by which the best checkpoint was
+    chosen. Its state is plain, and in each checkpoint."""
 
     def __init__(self) -> None:
-        self.waiting: dict[str, dict[str, Tensor]] = {}
-        """Sums by what Lightning calls them, that are not yet part of its own."""
+        self._before: dict[str, Tensor] = {}
+        self._began_at: tuple[int, int] | None = None
+        self.validation: dict[str, Any] | None = None
+        self.best: dict[str, Any] | None = None
+        self._best_score: float | None = None
 
-    def state(self, trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, Any]:
-        """In plain values, of this rank; asked for between two batches, or at an epoch's end."""
-        self.go_on(trainer)
-        epoch_ends = trainer.is_last_batch
-        results = dict(_logged(trainer))
-        # Lightning resets those which it was given, at the start of the next epoch
-        given = {id(one.value) for one in results.values() if not one.is_tensor}
-        for part in model.modules():
-            if isinstance(part, MetricCollection):
-                list(part.items())  # lets metrics that share a state have copies of it
-        metrics = {
-            name: {"count": metric.update_count, "state": _copied(metric.metric_state)}
-            for name, metric in _metrics(model).items()
-            if metric.update_called and not (epoch_ends and id(metric) in given)
-        }
-        sums = {} if epoch_ends else self.waiting | {
-            key: _copied({name: getattr(one, name) for name in _parts(one)})
-            for key, one in results.items()
-            if one.is_tensor and one.meta.on_epoch and not one.has_reset
-        }  # fmt: skip
-        return {"metrics": metrics, "sums": sums, "line": _line_due(trainer, results)}
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        now = trainer.current_epoch, trainer.global_step
+        if not trainer.sanity_checking and self._began_at != now:  # else a second time, of others
+            self._before, self._began_at = dict(trainer.callback_metrics), now
 
-    def restore(
-        self, trainer: pl.Trainer, model: pl.LightningModule, state: Mapping[str, Any]
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self.validation = self._note(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on from what `state` returned, before the first batch."""
-        known = _metrics(model)
-        for name in state["metrics"].keys() & known.keys():
-            metric, saved = known[name], state["metrics"][name]
-            for key, value in _copied(saved["state"], metric.device).items():
-                setattr(metric, key, value)
-            metric._update_count = saved["count"]
-        self.waiting = _copied(state["sums"], model.device)
-        if state["line"]:  # Lightning hands it to the loggers behind the hooks of its batch
-            step, line = state["line"]
-            for logger in trainer.loggers:
-                logger.log_metrics(line, step=step)
-                logger.save()
+        score = getattr(keeper(trainer), "best_model_score", None)
+        if score is not None and float(score) != self._best_score:
+            self._best_score = float(score)
+            self.best = self._note(trainer)  # the file is being made
 
-    def go_on(self, trainer: pl.Trainer) -> None:
-        """Add the saved sums to those that Lightning has begun since."""
-        results = _logged(trainer) if self.waiting else {}
-        for key in self.waiting.keys() & results.keys():
-            one, saved = results[key], self.waiting.pop(key)
-            one.value = _joined(one.meta, one.value, saved["value"])
-            if one.meta.is_mean_reduction:
-                one.cumulated_batch_size = one.cumulated_batch_size + saved["cumulated_batch_size"]
-            one._computed = None
+    def state_dict(self) -> dict[str, Any]:
+        return {"validation": self.validation, "best": self.best, "best_score": self._best_score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validation, self.best = state_dict["validation"], state_dict["best"]
+        self._best_score = state_dict["best_score"]
+
+    def _note(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """Of those metrics that are other objects than before the validation."""
+        measured = trainer.callback_metrics.items()
+        return {
+            "epoch": trainer.current_epoch + 1,
+            "step": trainer.global_step,
+            "is_averaged": _delivers_average(trainer),
+            "metrics": {k: float(v) for k, v in measured if v is not self._before.get(k)},
+        }
 
 
-def _logged(trainer: pl.Trainer) -> Mapping[str, Any]:
-    return trainer.fit_loop.epoch_loop._results
+def keeper(trainer: pl.Trainer) -> pl.callbacks.Checkpoint | None:
+    """What keeps the best and the last checkpoint: ours, else another one's."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    ours = (one for one in callbacks if isinstance(one, Checkpoints))
+    return next(ours, trainer.checkpoint_callback)
 
 
-def _metrics(model: pl.LightningModule) -> dict[str, Metric]:
-    return {name: part for name, part in model.named_modules() if isinstance(part, Metric)}
+def measured(
+    trainer: pl.Trainer, before: Mapping[str, float], checkpoint: str | None
+) -> dict[str, Any]:
+    """What a fit has come to, for result.json.
+
+    metrics        those of the delivered checkpoint, and others as they were measured last
+    metrics_of     of each of them, where it was measured
+    last_metrics   all as they were measured last
+
+    Args:
+        before: what was measured before the fit was continued.
+        checkpoint: best or last, which the run delivers; None where it keeps none.
+    """
+    note = _note_of(trainer)
+    last = {**before, **{k: float(v) for k, v in trainer.callback_metrics.items()}}
+    end = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+    of = {name: _where("train", "last" if checkpoint else None, "raw", end) for name in last}
+    metrics = dict(last)
+    for kind, noted in (("last", note.validation), ("best", note.best)):
+        if noted is None or kind == "best" != checkpoint:
+            continue
+        kept = kind if checkpoint and (kind == "best" or noted["step"] == end["step"]) else None
+        for name, value in noted["metrics"].items():
+            is_raw = not noted["is_averaged"] or name.startswith("raw_") or _validates_raw(trainer)
+            metrics[name] = value
+            of[name] = _where("validation", kept, "raw" if is_raw else "averaged", noted)
+    return {"metrics": metrics, "metrics_of": of, "last_metrics": last}
 
 
-def _parts(one: Any) -> tuple[str, ...]:
-    return ("value", "cumulated_batch_size") if one.meta.is_mean_reduction else ("value",)
+def tested(trainer: pl.Trainer, checkpoint: str | None) -> Where:
+    """Where the test measures, which runs after a fit."""
+    best = _note_of(trainer).best if checkpoint == "best" else None
+    end = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+    is_averaged = best["is_averaged"] if best else _delivers_average(trainer)
+    return _where("test", checkpoint, "averaged" if is_averaged else "raw", best or end)
 
 
-def _joined(meta: Any, now: Tensor, before: Tensor) -> Tensor:
-    if meta.is_max_reduction or meta.is_min_reduction:
-        joined: Tensor = meta.reduce_fx(now, before)
-        return joined
-    return now + before
+def _where(on: str, checkpoint: str | None, weights: str, at: Mapping[str, Any]) -> Where:
+    place = {"epoch": at["epoch"], "step": at["step"]}
+    return {"on": on, "checkpoint": checkpoint, "weights": weights, **place}
 
 
-def _copied(value: Any, device: torch.device | None = None) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
-    if isinstance(value, Mapping):
-        return {key: _copied(item, device) for key, item in value.items()}
-    return [_copied(item, device) for item in value] if isinstance(value, list) else value
+def _note_of(trainer: pl.Trainer) -> Measured:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((one for one in callbacks if isinstance(one, Measured)), Measured())
 
 
-def _line_due(trainer: pl.Trainer, results: Mapping[str, Any]) -> list[Any]:
-    """Optimizer step and values of what Lightning logs when the hooks of this batch are over."""
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
-    is_due = (step + 1) % trainer.log_every_n_steps == 0 or trainer.should_stop  # type: ignore[attr-defined]
-    if trainer.is_last_batch or not is_due or not results:
-        return []
-    found = trainer.fit_loop.epoch_loop._results.metrics(on_step=True)["log"]
-    line = {name: float(value) for name, value in found.items()}
-    return [step, line | {"epoch": trainer.current_epoch}] if line else []
+def _delivers_average(trainer: pl.Trainer) -> bool:
+    return any(one.has_begun for one in averages_of(trainer))
+
+
+def _validates_raw(trainer: pl.Trainer) -> bool:
+    return any(one.validate == "raw" for one in averages_of(trainer))

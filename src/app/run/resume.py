@@ -12,7 +12,7 @@ from app.data.position import ResumableLoader, resumable
 from app.parallel.split import share_of
 from app.process.random_state import draw_apart, random_state, set_random_state
 from app.run.hooks import switch_off
-from app.run.measured import Measured
+from app.run.unfinished import Unfinished
 from app.run.modes import modes_of, set_modes, set_trained
 
 
@@ -33,7 +33,7 @@ class ExactResume(pl.Callback):
     def __init__(self) -> None:
         self.repeats_validation = False
         self._before_validation: dict[str, Any] = {}
-        self._measured = Measured()
+        self._unfinished = Unfinished()
         self._loaders: list[ResumableLoader] = []
         self.metrics: dict[str, float] = {}
         self._restored: dict[str, Any] | None = None
@@ -102,7 +102,7 @@ class ExactResume(pl.Callback):
             return
         if self._begins_again and _is_ahead(trainer):  # drop what was fetched before
             iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
-        self._measured.restore(trainer, pl_module, restored["measured"])
+        self._unfinished.restore(trainer, pl_module, restored["unfinished"])
         set_modes(pl_module, restored["modes"])
         for name, value in self.metrics.items():
             trainer.callback_metrics[name] = _as_measured(value)
@@ -119,21 +119,21 @@ class ExactResume(pl.Callback):
                 iter(model.trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        self._measured.go_on(trainer)
-        if not self._measured.waiting:
+        self._unfinished.go_on(trainer)
+        if not self._unfinished.waiting:
             switch_off(self, "on_train_batch_start")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._measured.go_on(trainer)
-        self._measured.waiting = {}
+        self._unfinished.go_on(trainer)
+        self._unfinished.waiting = {}
 
     def note_before_validation(self, trainer: pl.Trainer) -> None:
         """Note the state before a validation draws random numbers, starts workers, or measures."""
         self._before_validation = self._now(trainer)
 
     def _now(self, trainer: pl.Trainer) -> dict[str, Any]:
-        measured = self._measured.state(trainer, trainer.lightning_module)
-        return {"random_state": random_state(), "measured": measured}
+        unfinished = self._unfinished.state(trainer, trainer.lightning_module)
+        return {"random_state": random_state(), "unfinished": unfinished}
 
 
 def _as_measured(value: float) -> Tensor:

@@ -125,7 +125,7 @@ def refuse_without_slurm() -> None:
 def _earlier(run: RunFolder) -> dict[str, Any]:
     """What an earlier attempt had come to, which is not lost while the next one waits."""
     before = result_in(run.path)
-    return {key: before[key] for key in ("metrics", "checkpoints") if key in before}
+    return {key: before[key] for key in ("metrics", "metrics_of", "checkpoints") if key in before}
 
 
 def short(ids: Sequence[str]) -> str:
