@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from torch import Tensor
 
 from app import pip_install
 from app.errors import Unreadable
@@ -176,21 +177,23 @@ class MetricsCsv(NoLogger):
             return
         if "step" in found:
             found["logged_step"] = found.pop("step")
-        now = max(0, self._num_steps() - 1)
+        now = self._num_steps()
+        again = False
         if step is None:
-            step = self._line.get("step", now)
-        elif "epoch" not in found and self._is_users(step):
-            found["logged_step"], step = step, now
-        other = "logged_step" in found and found["logged_step"] != self._line.get("logged_step")
-        if self._line and (other or self._line["step"] != step):
+            step = self._line.get("step", 0) if self._trainer is None else now
+            again = not found.keys().isdisjoint(self._line)
+        elif step not in (now - 1, now) and self._is_users(step):
+            again = step != self._line.get("logged_step")
+            found["logged_step"], step = float(step), max(0, now - 1)
+        if self._line and (again or self._line["step"] != step):
             self._close()
-        self._line = {"step": step, **self._line, **found}
+        self._line = {**self._line, **found, "step": int(step)}
         self._is_saved = False
 
-    def _is_users(self, step: Any) -> bool:
+    def _is_users(self, step: float) -> bool:
         """Whether a step is none of the trainer's: a model has logged it as a metric, which
         Lightning then takes for the axis, or it is no number of a line."""
-        if not isinstance(step, int) or not 0 <= step < MOST_STEPS:
+        if step != int(step) or not 0 <= step < MOST_STEPS:
             return True
         logged = None if self._trainer is None else self._trainer.logged_metrics.get("step")
         return logged is not None and int(logged) == step
@@ -202,6 +205,7 @@ class MetricsCsv(NoLogger):
                 found |= self._numbers({f"{name}/{part}": item for part, item in value.items()})
                 continue
             try:
+                value = value.detach() if isinstance(value, Tensor) else value
                 found[name] = value if type(value) in (int, float) else float(value)
             except (TypeError, ValueError, RuntimeError):  # torch's, of a tensor of several numbers
                 if name not in self._left_out:
