@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from app.config import DDP, SINGLE
+from app.config import DDP, LIGHTNINGS, OF_LIGHTNING, SINGLE
 from app.parallel.sizes import accumulation_factor, data_parallel_size
 
 from .rules import require_package
@@ -171,6 +171,18 @@ class Seen:
         return None
 
     @property
+    def of_lightning(self) -> tuple[str, str, str] | None:
+        """Key, class and what to use instead of a technique of Lightning among the callbacks."""
+        callbacks = self.run.callbacks
+        named = callbacks if isinstance(callbacks, dict) else vars(callbacks or object)
+        for key, callback in named.items():
+            package, _, name = str(Group(callback)._target_).partition(".")
+            name = name.rpartition(".")[2]
+            if package in LIGHTNINGS and name in OF_LIGHTNING:
+                return key, name, OF_LIGHTNING[name]
+        return None
+
+    @property
     def num_processes(self) -> int:
         """1 where it is not known yet."""
         devices = 1 if self.trainer.devices == "auto" else int(self.trainer.devices)
@@ -259,6 +271,10 @@ WITH_STRATEGIES: Rules = {
 }
 
 RULES: Rules = {
+    "callbacks.{run.of_lightning[0]} must be no technique of Lightning, of which ours know nothing, "
+    "got {run.of_lightning[1]}; leave it out, and use {run.of_lightning[2]}": lambda run: (
+        run.of_lightning
+    ),
     "scheduler needs an optimizer whose rate it sets, and optimizer=none leaves the model its own; "
     "choose an optimizer, or use scheduler=none": lambda run: run.scheduler and not run.optimizer,
     "scheduler needs the length of the run; type trainer.max_epochs=30 or trainer.max_steps=1000, "

@@ -5,6 +5,8 @@ import csv
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,26 @@ import pytest
 import torch
 import torchmetrics
 from hydra import compose, initialize_config_module
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LambdaCallback,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from app.clip import NormClip
+from app.errors import Refused
 from app.evaluate import main as evaluate
 from app.fit import run
 from app.record.loggers import MetricsCsv, NoLogger
@@ -239,3 +256,145 @@ def test_be_logger_what_a_model_logs_itself_is_in_the_file(
     assert [line["mine/epochs"] for line in lines if "mine/epochs" in line] == ["0", "1", "2"]
     assert [line["e" * 300] for line in lines if "c\nd" in line] == ["3"] * 3
     assert [int(line["step"]) for line in lines if "train_loss" in line] == list(range(1, 36, 2))
+
+
+class TheirEma(EMAWeightAveraging):
+    """Derived, so that no name says what it is."""
+
+
+class TheirClip(NormClip):
+    """One of ours, in another place."""
+
+
+def ema_of_pytorch_lightning() -> Any:
+    return import_module("pytorch_lightning.callbacks").EMAWeightAveraging()
+
+
+LIGHTNINGS: dict[str, tuple[Callable[[], Any], str]] = {
+    "GradientAccumulationScheduler": (lambda: GradientAccumulationScheduler({0: 2}),
+                                      "accumulate=schedule"),
+    "EMAWeightAveraging": (EMAWeightAveraging, "averaging=ema"),
+    "TheirEma, a EMAWeightAveraging": (TheirEma, "averaging=ema"),
+    "WeightAveraging": (WeightAveraging, "averaging=uniform"),
+    "StochasticWeightAveraging": (lambda: StochasticWeightAveraging(0.1), "averaging=swa"),
+    "LearningRateFinder": (LearningRateFinder, "tuner=lr_find"),
+    "BatchSizeFinder": (BatchSizeFinder, "tuner=batch_size"),
+}  # fmt: skip
+
+
+class Configures(Plain):
+    """Brings its own callbacks."""
+
+    brought: tuple[Callable[[], Any], ...] = ()
+
+    def configure_callbacks(self) -> Any:
+        return [make() for make in self.brought]
+
+
+@pytest.mark.parametrize("name", LIGHTNINGS)
+def test_be_lightning_a_second_technique_is_refused_wherever_it_comes_from(
+    name: str, composed: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, instead = LIGHTNINGS[name]
+    monkeypatch.setattr(Configures, "brought", (make,))
+    with pytest.raises(Refused) as refusal:
+        trained(composed, Configures)
+    said = "must be no technique of Lightning, of which ours know nothing, got"
+    assert f"Configures.configure_callbacks: {type(make()).__name__} {said}" in str(refusal.value)
+    assert str(refusal.value).endswith(f"got {name}; leave it out, and use {instead}")
+    monkeypatch.setattr(sys.modules[__name__], "made", make, raising=False)
+    with pytest.raises(Refused) as refusal:
+        trained(composed, Plain, "+callbacks.mine._target_=test_beside.made", "resume=never")
+    assert str(refusal.value) == f"callbacks.mine {said} {name}; leave it out, and use {instead}"
+
+
+@pytest.mark.parametrize("module", ["lightning.pytorch.callbacks", "pytorch_lightning.callbacks",
+                                    "lightning.pytorch.callbacks.weight_averaging"])  # fmt: skip
+def test_be_lightning_what_a_name_says_is_refused_before_anything_is_imported(
+    module: str, checked: Callable[..., Any]
+) -> None:
+    with pytest.raises(Refused) as refusal:
+        checked(f"+callbacks.mine._target_={module}.EMAWeightAveraging", "+callbacks.mine.decay=.9")
+    assert str(refusal.value) == (
+        "callbacks.mine must be no technique of Lightning, of which ours know nothing, got "
+        "EMAWeightAveraging; leave it out, and use averaging=ema"
+    )
+
+
+def test_be_lightning_the_other_package_of_lightning_is_seen_too(
+    composed: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Configures, "brought", (ema_of_pytorch_lightning,))
+    with pytest.raises(Refused, match="use averaging=ema"):
+        trained(composed, Configures)
+
+
+@pytest.mark.parametrize("typed", [("+accumulate._target_=test_beside.made",),
+                                   ("+averaging._target_=test_beside.made",)])  # fmt: skip
+def test_be_lightning_nor_does_one_stand_in_a_group(
+    typed: tuple[str, ...], composed: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "made", TheirEma, raising=False)
+    with pytest.raises(Refused, match="no technique of Lightning"):
+        trained(composed, Plain, *typed)
+
+
+def test_be_lightning_a_technique_of_ours_has_its_own_place(
+    composed: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = partial(TheirClip, max_norm=1.0, norm_type=2.0, nonfinite="skip")
+    monkeypatch.setattr(Configures, "brought", (make,))
+    with pytest.raises(Refused) as refusal:
+        trained(composed, Configures)
+    assert str(refusal.value) == (
+        "Configures.configure_callbacks: TheirClip must be no technique, which acts in its place "
+        "among them, got test_beside.TheirClip; leave it out, and type "
+        "+clip._target_=test_beside.TheirClip"
+    )
+
+
+class Noting(pl.Callback):
+    """Has a state, as anyone's callback."""
+
+    def __init__(self) -> None:
+        self.epochs = 0
+
+    def on_train_epoch_end(self, *args: Any) -> None:
+        self.epochs += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs}
+
+
+def test_be_lightning_what_is_no_technique_acts_from_wherever_it_comes(
+    composed: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stop = partial(EarlyStopping, "val_loss", mode="max", patience=1)
+    keep = partial(ModelCheckpoint, filename="mine", monitor="val_loss")
+    monkeypatch.setattr(Configures, "brought", (Noting, LambdaCallback, LearningRateMonitor, Timer,
+                                                stop, keep))  # fmt: skip
+    result = trained(composed, Configures, "callbacks=early_stopping", "trainer.max_epochs=9",
+                     "averaging=ema", "callbacks.checkpoint.monitor=val_loss")  # fmt: skip
+    assert result["epochs"] == 2  # theirs has replaced the one that waits for five
+    folder = tmp_path / "run"
+    assert result["checkpoints"] == {"best": "checkpoints/best.ckpt",
+                                     "last": "checkpoints/last.ckpt"}  # fmt: skip
+    last = torch.load(folder / "checkpoints/last.ckpt")
+    assert last["callbacks"]["Noting"] == {"epochs": 2}
+    (mine,) = folder.rglob("mine.ckpt")
+    best = torch.load(folder / "checkpoints/best.ckpt")
+    found = torch.load(mine)["state_dict"]
+    assert all(torch.equal(tensor, found[name]) for name, tensor in best["state_dict"].items())
+
+
+def test_be_lightning_a_second_keeper_does_not_write_over_ours(
+    composed: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    typed = ("+callbacks.mine._target_=lightning.pytorch.callbacks.ModelCheckpoint",
+             "+callbacks.mine.dirpath=${run_dir}/checkpoints/")  # fmt: skip
+    with pytest.raises(Refused) as refusal:
+        trained(composed, Plain, *typed)
+    assert str(refusal.value) == (
+        "callbacks.mine must write into another folder than callbacks.checkpoint, got "
+        f"dirpath={tmp_path}/run/checkpoints; leave dirpath out"
+    )

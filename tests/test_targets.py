@@ -46,12 +46,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "callbacks.mine._target_ must be a Callback, got torch.nn.Identity; type "
         "callbacks.mine._target_=package.Class",
     ),
-    "a model of the other package": (
-        {"model": {"_target_": "pytorch_lightning.LightningModule"}},
-        "model._target_ must be a LightningModule of lightning.pytorch, got "
-        "pytorch_lightning.LightningModule, one of pytorch_lightning; write `import "
-        "lightning.pytorch as pl` where its file imports pytorch_lightning",
-    ),
     "an unknown argument": (
         {"model": {"_target_": "theirs.LitModel", "hiden": 3}},
         "model.hiden is not an argument of theirs.LitModel; did you mean model.hidden?",

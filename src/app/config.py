@@ -37,6 +37,20 @@ OF_THE_COMMAND = ("name", "resume", "run_dir", "tuned", "fit", "launch", "object
 """Keys and groups that may differ between two commands of the same run."""
 
 
+OF_LIGHTNING = {
+    "GradientAccumulationScheduler": "accumulate=schedule",
+    "EMAWeightAveraging": "averaging=ema",
+    "WeightAveraging": "averaging=uniform",
+    "StochasticWeightAveraging": "averaging=swa",
+    "LearningRateFinder": "tuner=lr_find",
+    "BatchSizeFinder": "tuner=batch_size",
+}
+"""Lightning's own techniques, and which of ours stands for each: beside ours they would be announced
+by nothing, and neither counted, saved nor continued right."""
+
+LIGHTNINGS = ("lightning", "pytorch_lightning")
+"""Its two packages."""
+
 TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 

@@ -51,17 +51,12 @@ def _refuse_other_kind(
         is_one = issubclass(found, getattr(import_module(module), name))
     else:
         is_one = target.partition(".")[0] not in (*sys.stdlib_module_names, "torch", "numpy")
-    if is_one:
-        return
-    other = "pytorch_lightning"  # the same code under another name, whose classes are others
-    if any(base.__module__.startswith(other) for base in getattr(found, "__mro__", ())):
-        raise Refused(
-            f"{key}._target_ must be a {name} of lightning.pytorch, got {target}, one of {other}; "
-            f"write `import lightning.pytorch as pl` where its file imports {other}"
-        )
-    raise Refused(
-        f"{key}._target_ must be a {name}, got {target}; type {key}._target_=package.Class"
-    )
+    if not is_one:
+        above = found.__mro__ if isinstance(found, type) else ()
+        other = any(base.__module__.partition(".")[0] == "pytorch_lightning" for base in above)
+        instead = "import lightning.pytorch, not pytorch_lightning, whose classes are others"
+        instead = instead if other else f"type {key}._target_=package.Class"
+        raise Refused(f"{key}._target_ must be a {name}, got {target}; {instead}")
 
 
 def located(key: str, name: str) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from app.parallel.data_parallel import DataParallel
 from app.parallel.sharded import Sharded
 from app.process.targets import refuse_targets
 from app.record.loggers import MetricsCsv, NoLogger
+from app.run.beside import checked, refuse_beside, refuse_lightnings
 from app.run.checkpoint import CheckpointFiles, Checkpoints
 from app.run.hooks import DataHooks
 from app.run.measured import Measured, keeper, measured
@@ -87,7 +88,10 @@ def build(
         _replace_optimizers(model, hooks, config.plain)
     _rewrite_forwards(model, hooks, config.plain)
     parallel: list[DataParallel] = []
-    techniques = build_techniques(config) if techniques is None else techniques
+    if techniques is None:
+        techniques = build_techniques(config)
+        for technique in techniques:
+            refuse_lightnings("accumulate, clip and averaging", technique)
     if not is_single(config.strategy):
         weighted = all(getattr(one, "weight_by", None) is None for one in techniques)
         parallel.append(DataParallel(weighted=weighted))
@@ -105,6 +109,17 @@ def build(
     made = [_make(logger) for logger in (config.plain["logger"] or {}).values() if logger]
     loggers = [logger for logger in made if logger is not None]
     loggers.sort(key=lambda logger: isinstance(logger, MetricsCsv))  # the first is `self.logger`
+    chosen = {
+        f"callbacks.{name}": _make(callback)
+        for name, callback in (config.plain["callbacks"] or {}).items()
+        if callback
+    }
+    keepers = (one for one in chosen.values() if isinstance(one, Checkpoints))
+    dirpath = next((str(keeper.directory) for keeper in keepers), None)
+    refuse_beside(chosen, dirpath=dirpath)
+    if is_overridden("configure_callbacks", model):
+        make = partial(checked, model.configure_callbacks, model=model, dirpath=dirpath)
+        hooks.in_place_of("configure_callbacks", make)
     callbacks = [
         *techniques,
         *finders,
@@ -115,7 +130,7 @@ def build(
         resume,
         Schedules(),
         *extra_callbacks,
-        *build_callbacks(config.plain["callbacks"]),
+        *chosen.values(),
     ]
     trainer = build_trainer(config, callbacks=callbacks, loggers=loggers)
     return Run(model=model, data=data, trainer=trainer, hooks=hooks)

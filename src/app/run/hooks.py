@@ -14,8 +14,8 @@ Layer = Callable[[str, Any], Any]
 """Makes of a hook's name and the loaders that it returned what is used instead."""
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
-HOOKS = ("prepare_data", "setup", *LOADERS, "log", "configure_optimizers", "configure_model",
-         "on_train_epoch_start")  # fmt: skip
+HOOKS = ("prepare_data", "setup", *LOADERS, "log", "configure_callbacks", "configure_optimizers",
+         "configure_model", "on_train_epoch_start")  # fmt: skip
 
 
 class DataHooks:
