@@ -271,8 +271,8 @@ WITH_STRATEGIES: Rules = {
 }
 
 RULES: Rules = {
-    "callbacks.{run.of_lightning[0]} must be no technique of Lightning, of which ours know nothing, "
-    "got {run.of_lightning[1]}; leave it out, and use {run.of_lightning[2]}": lambda run: (
+    "callbacks.{run.of_lightning[0]} must be no technique of Lightning, of which ours know "
+    "nothing, got {run.of_lightning[1]}; leave it out, and use {run.of_lightning[2]}": lambda run: (
         run.of_lightning
     ),
     "scheduler needs an optimizer whose rate it sets, and optimizer=none leaves the model its own; "

@@ -10,7 +10,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import lightning.fabric.loggers.tensorboard as fabric_tensorboard
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -29,7 +28,7 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from matplotlib.axes import Axes
 from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -37,8 +36,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from app.clip import NormClip
 from app.errors import Refused
 from app.evaluate import main as evaluate
-from app.fit import run
-from app.record.loggers import MetricsCsv, NoLogger
+from app.fit import objective, run
+from app.record.names import counterpart, stage_of, stem
+from app.record.result import draw_curves
+from app.record.trials import may_be_reported
+from app.report.__main__ import main as report_command
+from app.report.curves import panels
+from app.report.reading import read_runs
+from app.report.summary import summarize
 
 THEIR = ("model=custom", "data=custom", "data._target_=test_beside.LitToy", "optimizer=none",
          "trainer.max_epochs=3", "trainer.accelerator=cpu", "trainer.log_every_n_steps=2",
@@ -398,3 +403,226 @@ def test_be_lightning_a_second_keeper_does_not_write_over_ours(
         "callbacks.mine must write into another folder than callbacks.checkpoint, got "
         f"dirpath={tmp_path}/run/checkpoints; leave dirpath out"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "what"),
+    [("val_loss", "val", "loss"), ("val/loss", "val", "loss"), ("valid.loss", "val", "loss"),
+     ("val-loss", "val", "loss"), ("loss/val", "val", "loss"), ("raw_val/loss", "val", "loss"),
+     ("validation/acc/cat", "val", "acc/cat"), ("Test/Acc", "test", "Acc"),
+     ("val_loss/dataloader_idx_0", "val", "loss/dataloader_idx_0"), ("loss", None, "loss"),
+     ("value/x", None, "value/x"), ("restrain_loss", None, "restrain_loss"), ("val", "val", "val"),
+     ("training/loss", "train", "loss"), ("grad_norm", None, "grad_norm")],
+)  # fmt: skip
+def test_be_slash_a_name_is_read_with_any_separator(
+    name: str, stage: str | None, what: str
+) -> None:
+    assert (stage_of(name), stem(name)) == (stage, what)
+
+
+def test_be_slash_the_counterpart_has_the_same_form_where_there_are_two() -> None:
+    known = ["test_acc", "test/acc", "acc/test", "val/acc", "raw_test/acc"]
+    assert [counterpart(name, "test", known) for name in ("val_acc", "val/acc", "acc/val")] == [
+        "test_acc", "test/acc", "acc/test",
+    ]  # fmt: skip
+    assert counterpart("val/f1", "test", known) is None
+
+
+SLASH = ("callbacks.checkpoint.monitor=val/loss", "objective=val/loss")
+
+
+class Slashes(Collected):
+    """Its validation is best after the first epoch."""
+
+    def on_train_epoch_end(self) -> None:
+        with torch.no_grad():
+            self.net.weight.neg_()
+
+
+def test_be_slash_curves_report_and_objective_know_the_names_of_templates(
+    composed: Callable[..., DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = trained(composed, Slashes, *SLASH, "averaging=ema", "averaging.validate=both")
+    assert "raw_val/loss" in result["metrics"]
+    report = summarize(tmp_path, read_runs(tmp_path), metric=None, mode=None, baseline=[])
+    assert report.metric is not None
+    assert (report.metric.name, report.metric.tested) == ("val/loss", "test/loss")
+    assert [panel.name for panel in panels(report)] == ["train_loss", "val/loss"]
+    typed = summarize(tmp_path, read_runs(tmp_path), metric="test/acc", mode=None, baseline=[])
+    assert [panel.name for panel in panels(typed)] == ["train_loss", "val/acc"]
+    assert typed.metric is not None
+    assert not typed.metric.lower_is_better
+    assert report_command([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "metric val/loss: callbacks.checkpoint.monitor names it" in printed
+    assert "test/loss is shown beside it, and chooses nothing" in printed
+
+
+def test_be_slash_what_is_measured_of_one_thing_shares_a_panel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metrics.csv").write_text(
+        "step,train_loss,train/loss_epoch,val/loss,raw_val/loss,loss/test,lr,epoch\n1,1,1,1,1,1,1,0\n"
+    )
+    titles: list[str] = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, title, **_: titles.append(title))
+    draw_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
+    assert titles == ["loss", "lr"]
+
+
+@pytest.mark.parametrize("name", ["test/loss", "loss/test", "test_loss", "test.loss"])
+def test_be_slash_a_test_is_awaited_by_no_validation(name: str) -> None:
+    assert not may_be_reported(name)
+    assert may_be_reported(name.replace("test", "val"))
+
+
+class Peaks(Plain):
+    """Best after the second of three epochs; its test measures something else than its name."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", (0.5, 0.2, 0.8)[self.current_epoch % 3])
+        self.log("val_weight", self.net.weight.sum())
+        self.log("score", 1.0)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_weight", self.net.weight.sum())
+        self.log("score", 7.0)
+
+
+BEST = ("callbacks.checkpoint.monitor=val_loss", "logger=csv")
+AVERAGED = pytest.mark.parametrize(
+    ("averaging", "of_validation"),
+    [("averaging=none", "raw"), ("averaging=ema", "averaged"), ("averaging=uniform", "averaged")],
+)
+
+
+@AVERAGED
+def test_be_report_each_value_says_of_which_weights_it_is(
+    averaging: str, of_validation: str, composed: Callable[..., DictConfig],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    result = trained(composed, Peaks, *BEST, averaging)
+    best = {"checkpoint": "best", "weights": of_validation, "epoch": 2, "step": 24}
+    metrics, of = result["metrics"], result["metrics_of"]
+    assert metrics["val_loss"] == pytest.approx(0.2)
+    assert of["val_loss"] == of["val_weight"] == {"on": "validation", **best}
+    assert of["test_weight"] == {"on": "test", **best}
+    assert metrics["val_weight"] == metrics["test_weight"]
+    assert (metrics["score"], metrics["test_score"]) == (1.0, 7.0)
+    assert of["train_loss"] == {"on": "train", "checkpoint": "last", "weights": "raw", "epoch": 3,
+                                "step": 36}  # fmt: skip
+    assert of.keys() == metrics.keys()
+    assert result["last_metrics"]["val_loss"] == pytest.approx(0.8)
+    (line,) = [one for one in capsys.readouterr().out.splitlines() if one.startswith("finished")]
+    assert "val_loss 0.2 " in line
+    assert line.endswith("(best checkpoint, epoch 2, step 24)")
+    assert "train_loss" not in line
+
+
+@pytest.mark.parametrize(("validate", "weights"), [("raw", "raw"), ("both", "averaged")])
+def test_be_report_a_validation_of_raw_weights_says_so(
+    validate: str, weights: str, composed: Callable[..., DictConfig]
+) -> None:
+    of = trained(composed, Peaks, *BEST, "averaging=ema", f"averaging.validate={validate}")[
+        "metrics_of"
+    ]
+    assert of["val_weight"]["weights"] == weights
+    assert of["test_weight"]["weights"] == "averaged"
+    if validate == "both":
+        assert (of["raw_val_weight"]["weights"], of["raw_val_weight"]["step"]) == ("raw", 24)
+
+
+def test_be_report_the_last_checkpoint_has_the_last_validation(
+    composed: Callable[..., DictConfig],
+) -> None:
+    result = trained(composed, Peaks, *BEST, "test=last", "objective=val_loss")
+    assert result["metrics"]["val_loss"] == pytest.approx(0.8)
+    assert result["metrics_of"]["val_loss"]["checkpoint"] == "last"
+    assert result["metrics_of"]["test_weight"]["step"] == 36
+    assert objective("val_loss", result["metrics"]) == pytest.approx(0.8)
+
+
+def test_be_report_without_checkpoints_nothing_says_that_there_are(
+    composed: Callable[..., DictConfig],
+) -> None:
+    result = trained(composed, Peaks, "callbacks=none", "~callbacks.progress", "logger=csv")
+    assert result["checkpoints"] == {"best": None, "last": None}
+    assert {where["checkpoint"] for where in result["metrics_of"].values()} == {None}
+
+
+class Cut(pl.Callback):
+    """Fails once, when an epoch begins."""
+
+    at: int | None = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.current_epoch == Cut.at:
+            Cut.at = None
+            raise RuntimeError("cut")
+
+
+CUT = "+callbacks.cut._target_=test_beside.Cut"
+
+
+@pytest.mark.parametrize("model", [Peaks, EpochAxis, DictLogger])
+def test_be_report_a_run_that_was_cut_and_moved_comes_to_the_same(
+    model: type, composed: Callable[..., DictConfig], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    typed = (*BEST, CUT, "averaging=ema", f"model._target_=test_beside.{model.__name__}")
+    whole = trained(composed, model, *typed)
+    (tmp_path / "run").rename(tmp_path / "whole")
+    monkeypatch.setattr(Cut, "at", 2)
+    with pytest.raises(RuntimeError, match="cut"):
+        trained(composed, model, *typed)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    result = trained(composed, model, *typed, f"run_dir={tmp_path}/moved", "name=moved")
+    for key in ("metrics", "metrics_of", "last_metrics", "checkpoints"):
+        assert result[key] == whole[key], key
+    text = (tmp_path / "whole/metrics.csv").read_text()
+    assert (tmp_path / "moved/metrics.csv").read_text() == text
+
+
+def test_be_report_a_moved_run_is_evaluated_and_reported(
+    composed: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    result = trained(composed, Peaks, *BEST)
+    assert result["checkpoints"] == {"best": "checkpoints/best.ckpt",
+                                     "last": "checkpoints/last.ckpt"}  # fmt: skip
+    moved = tmp_path / "elsewhere/moved"
+    moved.parent.mkdir()
+    (tmp_path / "run").rename(moved)
+    evaluated(moved, "stage=validate")
+    found = json.loads((moved / "validate.json").read_text())
+    assert found["checkpoint"] == "checkpoints/best.ckpt"
+    assert found["metrics"]["val_weight"] == result["metrics"]["val_weight"]
+    assert (moved / result["checkpoints"]["best"]).exists()
+    (stored,) = read_runs(tmp_path).runs
+    assert stored.metrics == result["metrics"]
+    again = trained(composed, Peaks, *BEST, f"run_dir={moved}")
+    assert again == result
+
+
+def test_be_report_the_test_chooses_no_row(
+    composed: Callable[..., DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, lr in ((1, 0.1), (1, 0.2)):
+        trained(composed, Peaks, *BEST, f"seed={seed}", f"+model.lr={lr}",
+                f"run_dir={tmp_path}/{lr}")  # fmt: skip
+    capsys.readouterr()
+    assert report_command([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "lowest mean val_loss: " in printed
+    assert "mean test" not in printed
+
+
+def test_be_report_a_result_that_only_a_test_measured_says_so(
+    composed: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    result = trained(composed, Peaks, *BEST)
+    of = {"on": "test", "checkpoint": "best", "weights": "raw", "epoch": 1, "step": 1}
+    result |= {"metrics": {"score": 1.0}, "metrics_of": {"score": of}}
+    (tmp_path / "run/result.json").write_text(json.dumps(result))
+    report = summarize(tmp_path, read_runs(tmp_path), metric=None, mode=None, baseline=[])
+    assert report.metric is not None
+    assert report.metric.why.startswith("nothing but the test is measured")

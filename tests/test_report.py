@@ -103,7 +103,7 @@ def write_sweep(top: Path) -> None:
                 typed=[f"seed={seed}", f"averaging={name}"],
                 averaging=kind,
                 status="failed" if has_failed else "finished",
-                metrics={"test_acc": values[name][index], "val_acc": 0.5, "test_loss": 1.0},
+                metrics={"val_acc": values[name][index], "test_acc": 0.5, "test_loss": 1.0},
                 result={"error": f"RuntimeError: {HOSTILE}\nlong", "rank": 1} if has_failed else {},
             )
             lines = [f"{s},{math.exp(-s / 9) + seed / 50},{1 - math.exp(-s / 9)}" for s in range(9)]
@@ -241,13 +241,14 @@ def test_answers_of_a_finder_that_differ_by_seed_do_not_split_a_row(tmp_path: Pa
     assert len(summary(tmp_path).rows) == 1
 
 
-def test_the_metric_is_the_test_counterpart_of_what_is_monitored(tmp_path: Path) -> None:
+def test_the_metric_is_what_is_monitored_and_the_test_stands_beside_it(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     metric = summary(tmp_path).metric
     assert metric is not None
-    assert (metric.name, metric.lower_is_better) == ("test_acc", False)
+    assert (metric.name, metric.lower_is_better) == ("val_acc", False)
+    assert metric.tested == "test_acc"
     assert metric.why_mode == "callbacks.checkpoint.mode=max"
-    assert metric.why == "val_acc, which callbacks.checkpoint.monitor names, on test data"
+    assert metric.why == "callbacks.checkpoint.monitor names it"
     by_name = summary(tmp_path, metric="train_loss").metric
     assert by_name is not None
     assert (by_name.lower_is_better, by_name.why_mode) == (True, "by its name")
@@ -274,7 +275,7 @@ def test_a_row_is_compared_with_the_baseline_over_common_seeds(tmp_path: Path) -
         for name, value, kind in (("none", base, None), ("ema", other, EMA)):
             if value is not None:
                 write_run(tmp_path / f"{name}{seed}", seed=seed, averaging=kind,
-                          metrics={"test_acc": value, "val_acc": 0.0})  # fmt: skip
+                          metrics={"val_acc": value, "test_acc": 0.0})  # fmt: skip
     report = summary(tmp_path, "averaging=none")
     (row,) = [row for row in report.rows if not row.is_baseline]
     assert row.common_seeds == 2
@@ -290,7 +291,7 @@ def test_a_difference_says_where_seeds_are_missing(
     tmp_path: Path, seeds: tuple[int, int], words: str
 ) -> None:
     for seed in (1, 2):
-        write_run(tmp_path / f"a{seed}", seed=seed, metrics={"test_acc": 0.1, "val_acc": 0.0})
+        write_run(tmp_path / f"a{seed}", seed=seed, metrics={"val_acc": 0.1, "test_acc": 0.0})
     for seed in seeds:
         write_run(tmp_path / f"b{seed}", seed=seed, averaging=EMA)
     report = summary(tmp_path, "averaging=none")
@@ -300,7 +301,7 @@ def test_a_difference_says_where_seeds_are_missing(
 
 def test_a_seed_that_was_run_twice_counts_once(tmp_path: Path) -> None:
     for name, seed, value in (("a", 1, 0.8), ("b", 1, 0.9), ("c", 2, 0.95)):
-        write_run(tmp_path / name, seed=seed, metrics={"test_acc": value, "val_acc": 0.0})
+        write_run(tmp_path / name, seed=seed, metrics={"val_acc": value, "test_acc": 0.0})
     report = summary(tmp_path)
     mean = report.rows[0].mean
     assert mean is not None
@@ -309,9 +310,9 @@ def test_a_seed_that_was_run_twice_counts_once(tmp_path: Path) -> None:
 
 
 def test_a_diverged_run_is_not_left_out_of_the_mean_and_ranks_last(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", seed=1, metrics={"test_acc": math.nan, "val_acc": 0.0})
-    write_run(tmp_path / "b", seed=2, metrics={"test_acc": 0.9, "val_acc": 0.0})
-    write_run(tmp_path / "c", seed=1, averaging=EMA, metrics={"test_acc": 0.1, "val_acc": 0.0})
+    write_run(tmp_path / "a", seed=1, metrics={"val_acc": math.nan, "test_acc": 0.0})
+    write_run(tmp_path / "b", seed=2, metrics={"val_acc": 0.9, "test_acc": 0.0})
+    write_run(tmp_path / "c", seed=1, averaging=EMA, metrics={"val_acc": 0.1, "test_acc": 0.0})
     first, last = summary(tmp_path).rows
     assert first.values == ("ema",)
     assert last.mean is not None
@@ -573,19 +574,20 @@ def test_the_files_hold_the_table_the_curves_and_the_failures(
     assert printed.rstrip().endswith("\n".join(str(out / name) for name in names))
     assert "9 runs (8 finished, 1 failed) of 3 configurations" in printed
     answer = (
-        "highest mean test_acc: averaging=ema, 0.955 [0.943, 0.967]; better than the baseline: "
+        "highest mean val_acc: averaging=ema, 0.955 [0.943, 0.967]; better than the baseline: "
         "+0.0450 [+0.0326, +0.0574]"
     )
     for text in (printed, (out / "report.html").read_text()):
         assert answer in text
     ema = next(line for line in printed.splitlines() if line.startswith("ema"))
-    assert ema.split() == ["ema", "3", "0.955", "[0.943,", "0.967]", "0.960", "2.00", "s",
-                           "+0.0450", "[+0.0326,", "+0.0574]", "3", "3", "finished"]  # fmt: skip
+    assert ema.split() == ["ema", "3", "0.955", "[0.943,", "0.967]", "0.960", "0.5000", "[0.5000,",
+                           "0.5000]", "2.00", "s", "+0.0450", "[+0.0326,", "+0.0574]", "3", "3",
+                           "finished"]  # fmt: skip
     assert f"{tmp_path}/sweep/8  failed, rank 1" in printed
     with (out / "report.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["averaging"] for row in rows] == ["ema", "swa", "none"]
-    assert float(rows[0]["test_acc_mean"]) == pytest.approx(0.955)
+    assert float(rows[0]["val_acc_mean"]) == pytest.approx(0.955)
     assert float(rows[0]["difference_low"]) == pytest.approx(0.0326, abs=1e-4)
     assert rows[2]["difference"] == ""
     assert imread(out / "report-val_acc.png").shape[1] == 792
@@ -707,7 +709,7 @@ def test_real_runs_make_the_rows_that_their_command_says(tmp_path: Path) -> None
     assert report.columns == ["averaging"]
     assert {row.values for row in report.rows} == {("none",), ("ema",)}
     assert report.metric is not None
-    assert (report.metric.name, report.metric.lower_is_better) == ("test_loss", True)
+    assert (report.metric.name, report.metric.lower_is_better) == ("val_loss", True)
     assert all(row.mean is not None and row.mean.n == 2 for row in report.rows)
     assert report_command.main([str(tmp_path)]) == 0
     assert (tmp_path / "report-val_loss.png").exists()

@@ -45,8 +45,8 @@ OF_LIGHTNING = {
     "LearningRateFinder": "tuner=lr_find",
     "BatchSizeFinder": "tuner=batch_size",
 }
-"""Lightning's own techniques, and which of ours stands for each: beside ours they would be announced
-by nothing, and neither counted, saved nor continued right."""
+"""Lightning's own techniques, and which of ours to use instead: ours would count, save and continue
+a run as if they were not there."""
 
 LIGHTNINGS = ("lightning", "pytorch_lightning")
 """Its two packages."""

@@ -190,9 +190,14 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
                 metrics = run.trainer.test(
                     run.model, datamodule=run.data, ckpt_path=kept[kind], verbose=False
                 )
+            measured, of = record.content["metrics"], record.content["metrics_of"]
+            of_test = {}
             for name, value in (item for part in metrics for item in part.items()):
-                record.content["metrics"][name] = value
-                record.content["metrics_of"][name] = tested(run.trainer, delivered)
+                # a validation may have logged the same name
+                taken = of.get(name, {}).get("on") == "validation"
+                of_test[f"test_{name}" if taken else name] = value
+            measured |= of_test
+            of |= dict.fromkeys(of_test, tested(run.trainer, delivered))
         if is_first:
             with record.phase("curves"):
                 try:

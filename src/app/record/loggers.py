@@ -205,8 +205,8 @@ class MetricsCsv(NoLogger):
                 found |= self._numbers({f"{name}/{part}": item for part, item in value.items()})
                 continue
             try:
-                value = value.detach() if isinstance(value, Tensor) else value
-                found[name] = value if type(value) in (int, float) else float(value)
+                number = value.detach() if isinstance(value, Tensor) else value
+                found[name] = value if type(value) in (int, float) else float(number)
             except (TypeError, ValueError, RuntimeError):  # torch's, of a tensor of several numbers
                 if name not in self._left_out:
                     self._left_out.add(name)

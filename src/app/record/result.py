@@ -1,6 +1,7 @@
 """What a run leaves: result.json and curves.png."""
 
 import platform
+import re
 import subprocess
 import time
 import traceback
@@ -15,6 +16,7 @@ from app.config import config_hash
 from app.process.requeue import slurm_job
 from app.record.folder import RunFolder
 from app.record.loggers import read_metrics
+from app.record.names import stage_of, stem
 from app.record.states import SLURM_JOB, State
 
 
@@ -98,14 +100,20 @@ def git_commit() -> str | None:
     return found.stdout.strip()
 
 
+def _panel(name: str) -> str:
+    """Of `train_loss_step`, which Lightning makes of `train_loss`, the same."""
+    what = stem(name)
+    return re.sub("_(step|epoch)$", "", what) if stage_of(name) else what
+
+
 def draw_curves(metrics_csv: Path, png: Path) -> None:
     """Draw every metric of a run over its optimizer steps; nothing where none was logged."""
     rows = read_metrics(metrics_csv)
-    names = sorted({name for row in rows for name in row} - {"step", "epoch"})
-    # train_loss and val_loss share the panel "loss"
+    names = sorted({name for row in rows for name in row} - {"step", "logged_step", "epoch"})
+    # train_loss and val/loss share the panel "loss"
     panels: dict[str, list[str]] = {}
     for name in names:
-        panels.setdefault(name.removeprefix("raw_").partition("_")[2] or name, []).append(name)
+        panels.setdefault(_panel(name), []).append(name)
     if not panels:
         return
     from matplotlib.figure import Figure

@@ -7,6 +7,7 @@ from typing import Any
 
 from app.errors import Unreadable
 from app.process.files import opened
+from app.record.names import stage_of
 
 STORAGE = "study.db"
 STUDY = "study"
@@ -19,7 +20,7 @@ PRUNED = "pruned"
 
 def may_be_reported(objective: str) -> bool:
     """Whether a validation may measure it; the test comes after the fit."""
-    return not objective.startswith("test_")
+    return stage_of(objective) != "test"
 
 
 def open_study(path: Path) -> Any:

@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("folder", metavar="DIR", help="of a run, of a sweep, or of several of them")
     found.add_argument(
         "--metric", metavar="NAME",
-        help="what to compare; unless typed, what callbacks.checkpoint.monitor names, on test data",
+        help="what to compare; unless typed, what callbacks.checkpoint.monitor names",
     )  # fmt: skip
     found.add_argument(
         "--mode", metavar="min|max",

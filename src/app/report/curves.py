@@ -10,7 +10,8 @@ from statistics import fmean
 from typing import Any
 
 from app.process.files import read_steps, skipped
-from app.report.metric import is_a_loss, stem
+from app.record.names import counterpart, stage_of
+from app.report.metric import is_a_loss
 from app.report.numbers import LARGEST
 from app.report.reading import tried
 from app.report.summary import Report
@@ -79,7 +80,9 @@ def panels(report: Report) -> list[Panel]:
     """
     lines: dict[str, list[Line]] = {"train_loss": []}
     if report.metric is not None:
-        lines[f"val_{stem(report.metric.name)}"] = []
+        name, others = report.metric.name, report.metric.others
+        of_training = stage_of(name) == "test" and counterpart(name, "val", others)
+        lines[of_training or name] = []
     drawn = sorted(report.rows, key=lambda row: not row.is_baseline)[:MOST_LINES]
     for row in sorted(drawn, key=lambda row: row.number):
         paths = [runs[-1].folder / "metrics.csv" for runs in row.config.finished.values()]

@@ -2,31 +2,39 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from app.errors import Refused
 from app.monitored import mode_of
+from app.record.names import counterpart, stage_of, stem
 from app.record.states import State
 from app.report.reading import StoredRun
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A metric, which way is better, and why it was chosen."""
+    """A metric, which way is better, and why it was chosen.
+
+    Attributes:
+        tested: the metric that measures the same on test data, to be shown beside it.
+        others: what else was measured.
+    """
 
     name: str
     lower_is_better: bool
     why: str
     why_mode: str
+    tested: str | None
     others: tuple[str, ...]
 
 
 def choose_metric(
     runs: Sequence[StoredRun], *, name: str | None, mode: str | None
 ) -> Metric | None:
-    """The metric named, else the test counterpart of the monitored one, else the monitored one.
+    """The metric named, else the monitored one, else one of the validation.
 
+    The test chooses nothing, unless that is typed: what wins on it would be the luck of the test.
     Returns None where no run has finished with a metric.
 
     Raises Refused where no finished run has the metric named, or the mode is neither min nor max.
@@ -45,20 +53,19 @@ def choose_metric(
             )
         why = "as typed"
     else:
-        name, why = _default(known, monitor)
+        of_test = {one for run in finished for one in run.metrics if run.is_of_test(one)}
+        name, why = _default(known, of_test, monitor)
+    tested = None if stage_of(name) == "test" else counterpart(name, "test", known)
     if mode is not None:
         lower, why_mode = mode == "min", "as typed"
     elif monitor is not None and stem(name) == stem(monitor):
         lower, why_mode = monitor_mode == "min", f"callbacks.checkpoint.mode={monitor_mode}"
     else:
         lower, why_mode = is_a_loss(name), "by its name"
-    others = tuple(other for other in known if other != name)
-    return Metric(name=name, lower_is_better=lower, why=why, why_mode=why_mode, others=others)
-
-
-def stem(name: str) -> str:
-    """The name of a metric without the part that says on what it is measured: `acc`."""
-    return re.sub(r"^(raw_)?(train|val|test)_", "", name)
+    return Metric(
+        name=name, lower_is_better=lower, why=why, why_mode=why_mode, tested=tested,
+        others=tuple(other for other in known if other not in (name, tested)),
+    )  # fmt: skip
 
 
 def is_a_loss(name: str) -> bool:
@@ -75,12 +82,11 @@ def _monitored(runs: Sequence[StoredRun]) -> tuple[str | None, str | None]:
     return chosen.most_common(1)[0][0] if chosen else (None, None)
 
 
-def _default(known: Sequence[str], monitor: str | None) -> tuple[str, str]:
-    if monitor is not None:
-        counterpart = f"test_{stem(monitor)}"
-        if counterpart in known:
-            return counterpart, f"{monitor}, which callbacks.checkpoint.monitor names, on test data"
-        if monitor in known:
-            return monitor, "callbacks.checkpoint.monitor names it"
-    first = min(known, key=lambda m: (not m.startswith("test_"), not m.startswith("val_"), m))
+def _default(known: Sequence[str], of_test: Container[str], monitor: str | None) -> tuple[str, str]:
+    if monitor in known and monitor not in of_test:
+        return str(monitor), "callbacks.checkpoint.monitor names it"
+    order = ("val", None, "train", "test")
+    first = min(known, key=lambda name: (name in of_test, order.index(stage_of(name)), name))
+    if first in of_test:
+        return first, "nothing but the test is measured, and the best of many on it is luck too"
     return first, "the first by name: no checkpoint is kept by a metric that is here"

@@ -112,7 +112,12 @@ def _cells(report: Report, row: Row, scale: Scale) -> Iterator[Cell]:
     yield "", None, "plain", element("td", scale.drawn(mean), class_="drawn")
     if report.baseline is not None:
         yield "difference", "difference", None, _difference(report, row)
-    yield _number("best", "best", row.best, decimals.of(row.best), "small")
+    if report.tested_name is None:
+        yield _number("best", "best", row.best, decimals.of(row.best), "small")
+    else:  # a column more would not fit
+        tested = row.tested and row.tested.mean
+        value = report.tested_decimals.mean(row.tested)
+        yield _number(report.tested_name, "tested", tested, value, "small")
     yield _number("time a run", "seconds", row.seconds, duration(row.seconds), "small")
     states = (_state(f"{number} {state}", state) for state, number in row.states.most_common())
     shown = Markup(" ".join(states))

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 from app.errors import Refused, Unreadable
 from app.process.files import is_locked, read_yaml, read_yaml_list, why
 from app.record.folder import CONFIG, RunFolder, refuse_other_shape
+from app.record.names import stage_of
 from app.record.states import State
 from app.slurm.states import Signs, has_searched, true_states
 from app.sweep.folder import SweepFolder, alone
@@ -55,8 +56,14 @@ class StoredRun:
 
     @property
     def metrics(self) -> Mapping[str, Any]:
-        """What was measured last, by name."""
+        """What was measured, by name: validations at the checkpoint that is delivered."""
         return self.result.get("metrics") or {}
+
+    def is_of_test(self, name: str) -> bool:
+        """Whether a metric was measured on test data, as the run says, else as its name does."""
+        where = (self.result.get("metrics_of") or {}).get(name)
+        said = where.get("on") if isinstance(where, Mapping) else None
+        return stage_of(name) == "test" if said is None else said == "test"
 
     @property
     def seconds(self) -> float | None:

@@ -23,6 +23,7 @@ class Row:
         values: of the report's columns, as typed.
         mean: of the metric over seeds; None where no run has finished with it.
         best: of one seed.
+        tested: the mean of what measures the same on test data; None where nothing does.
         seconds: of a finished run, in the mean.
         versus: the mean of the paired differences from the baseline over common seeds.
         common_seeds: how many; None where no baseline was chosen, and for the baseline itself.
@@ -34,6 +35,7 @@ class Row:
     values: tuple[str, ...]
     mean: Estimate | None
     best: float | None
+    tested: Estimate | None
     seconds: float | None
     versus: Estimate | None
     common_seeds: int | None
@@ -99,6 +101,16 @@ class Report:
         """Of the metric."""
         return Decimals(row.mean for row in self.rows)
 
+    @property
+    def tested_name(self) -> str | None:
+        """What stands above the means on test data; None where there are none."""
+        return self.metric.tested if self.metric else None
+
+    @cached_property
+    def tested_decimals(self) -> Decimals:
+        """Of those."""
+        return Decimals(row.tested for row in self.rows)
+
     @cached_property
     def signed(self) -> Decimals:
         """Of the differences from the baseline."""
@@ -138,6 +150,7 @@ def summarize(
     rows = []
     for config in configs:
         by_seed = measured[config]
+        tested = _by_seed(config, chosen.tested) if chosen and chosen.tested else {}
         finite = [value for value in by_seed.values() if math.isfinite(value)]
         finished = (run for same in config.finished.values() for run in same)
         seconds = [run.seconds for run in finished if run.seconds]
@@ -149,6 +162,7 @@ def summarize(
                 values=tuple(labels.of(config, name) for name in labels.columns),
                 mean=estimate([*by_seed.values()]),
                 best=(min if is_lower_better else max)(finite, default=None),
+                tested=estimate([*tested.values()]),
                 seconds=mean_of(seconds) if seconds else None,
                 versus=estimate(paired),
                 common_seeds=len(paired) if base and config is not base else None,

@@ -35,6 +35,9 @@ def _cells(report: Report, row: Row, *, has_states: bool) -> Iterator[tuple[str,
     yield report.metric_name, report.decimals.mean(row.mean)
     yield "95 % interval", report.decimals.interval(row.mean)
     yield "best", report.decimals.of(row.best)
+    if report.tested_name is not None:
+        yield report.tested_name, report.tested_decimals.mean(row.tested)
+        yield "95 % interval  ", report.tested_decimals.interval(row.tested)
     yield "time a run", duration(row.seconds)
     if report.baseline is not None:
         interval = row.why_no_interval() or report.signed.interval(row.versus)
@@ -67,6 +70,8 @@ def headlines(report: Report) -> list[str]:
     else:
         way = "lower" if metric.lower_is_better else "higher"
         lines.append(f"metric {metric.name}: {metric.why}; {way} is better ({metric.why_mode})")
+        if metric.tested:
+            lines.append(f"{metric.tested} is shown beside it, and chooses nothing")
         if metric.others:
             lines.append(f"also measured, --metric NAME: {', '.join(metric.others)}")
     if report.baseline is not None:
@@ -187,11 +192,14 @@ def csv_text(report: Report) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     metric = [f"{report.metric_name}_{what}" for what in ("mean", "low", "high", "best")]
+    tested = report.tested_name
+    metric += [f"{tested}_{what}" for what in ("mean", "low", "high") if tested]
     heads = ["n", *metric, "seconds", "difference", "difference_low", "difference_high",
              "common_seeds", "num_runs", "num_finished", "folders"]  # fmt: skip
     writer.writerow(map(defused, [*report.columns, *heads]))
     for row in report.rows:
-        numbers = [row.mean.n if row.mean else 0, *_ends(row.mean), row.best, row.seconds,
+        numbers = [row.mean.n if row.mean else 0, *_ends(row.mean), row.best,
+                   *(_ends(row.tested) if tested else ()), row.seconds,
                    *_ends(row.versus), row.common_seeds, len(row.config.runs),
                    row.states[State.finished]]  # fmt: skip
         folders = " ".join(str(run.folder) for run in row.config.runs)

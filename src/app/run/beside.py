@@ -32,15 +32,15 @@ def refuse_beside(callbacks: Mapping[str, pl.Callback], *, dirpath: str | None) 
             if isinstance(callback, kind):
                 target = f"{type(callback).__module__}.{type(callback).__qualname__}"
                 raise Refused(
-                    f"{key} must be no technique, which acts in its place among them, got {target}; "
-                    f"leave it out, and type +{group}._target_={target}"
+                    f"{key} must be no technique, which acts in its place among them, got "
+                    f"{target}; leave it out, and type +{group}._target_={target}"
                 )
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath and dirpath:
-            if Path(callback.dirpath).resolve() == Path(dirpath).resolve():
-                raise Refused(
-                    f"{key} must write into another folder than callbacks.checkpoint, got "
-                    f"dirpath={callback.dirpath}; leave dirpath out"
-                )
+        own = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
+        if own and dirpath and Path(own).resolve() == Path(dirpath).resolve():
+            raise Refused(
+                f"{key} must write into another folder than callbacks.checkpoint, got "
+                f"dirpath={own}; leave dirpath out"
+            )
 
 
 def refuse_lightnings(key: str, callback: pl.Callback) -> None:

@@ -147,7 +147,7 @@ def evaluate(config: Config, folder: RunFolder, *, stage: str, checkpoint: Path)
         parts = runner(model, datamodule=data, ckpt_path=checkpoint, verbose=False)
     metrics = {name: value for part in parts for name, value in part.items()}
     path = folder.path / f"{stage}.json"
-    write_json(path, {"checkpoint": str(checkpoint), "metrics": metrics})
+    write_json(path, {"checkpoint": folder.within(str(checkpoint)), "metrics": metrics})
     print("  ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items())))
     print(path)
 
