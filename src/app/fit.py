@@ -185,6 +185,7 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
         if is_pruned:
             record.outcome = State.pruned
         elif config.test != "none" and run.has_test():
+            where = tested(run.trainer, delivered)  # before it restores what callbacks knew then
             with record.phase("test"):
                 seed_all(config.seed)
                 metrics = run.trainer.test(
@@ -197,7 +198,7 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
                 taken = of.get(name, {}).get("on") == "validation"
                 of_test[f"test_{name}" if taken else name] = value
             measured |= of_test
-            of |= dict.fromkeys(of_test, tested(run.trainer, delivered))
+            of |= dict.fromkeys(of_test, where)
         if is_first:
             with record.phase("curves"):
                 try:

@@ -44,7 +44,7 @@ class Nothing:
         self._said = said
 
     def __getattr__(self, name: str) -> "Nothing":
-        if name.startswith("__"):  # Python asks for what it could do with this
+        if name.startswith("_"):  # Python asks for what it could do with this
             raise AttributeError(name)
         if self._said is not None:
             said, self._said = self._said, None
