@@ -161,13 +161,17 @@ class MetricsCsv(NoLogger):
         """Let a trainer say where it stands; write nothing until it has begun.
 
         Args:
-            num_steps: returns the optimizer steps made so far, as loggers count them.
+            num_steps: returns the number of the line that Lightning logs next.
         """
         self._trainer, self._num_steps, self._waits = trainer, num_steps, True
 
     def begin(self) -> None:
-        """Go on from where the trainer stands: lines from there on are written again."""
-        self._first_step, self._waits = self._num_steps(), False
+        """Go on from where the trainer stands: lines behind it are written again.
+
+        It stands in the line of its last batch until the next one begins.
+        """
+        if self._waits:
+            self._first_step, self._waits = self._num_steps() + 1, False
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:

@@ -1,6 +1,7 @@
 """What a run measures while it trains, at the cost of one logger call in many steps."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
@@ -48,7 +49,7 @@ class StepMetrics(pl.Callback):
         if stage == "fit":
             self._reset()
             for logger in _csv_files(trainer):
-                logger.follow(trainer, lambda: self._num_steps)
+                logger.follow(trainer, partial(_next_line, trainer))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -56,6 +57,10 @@ class StepMetrics(pl.Callback):
         self._every_n_steps = trainer.log_every_n_steps  # type: ignore[attr-defined]
         for logger in _csv_files(trainer):
             logger.begin()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for logger in _csv_files(trainer):
+            logger.begin()  # nothing was left to train: the line of a test follows
 
     def on_train_batch_end(
         self,
