@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -400,6 +401,8 @@ class Looks(Net):
         self.register_buffer("level", torch.zeros(()))
         self.outputs: list[Tensor] = []
         self.history: dict[str, list[float]] = {"loss": []}
+        self.totals = {"loss": torch.zeros(())}
+        self.labels: Counter[int] = Counter()
         self.meter = AverageMeter()
         self.counts = np.zeros(3)
         self.plain = torch.zeros(2)
@@ -422,6 +425,8 @@ class Looks(Net):
         self.outputs.append(loss)
         self.history["loss"].append(float(loss))
         self.meter.update(float(loss))
+        self.totals["loss"] += loss
+        self.labels.update([batch_idx])
         self.counts += 1
         self.plain += 1
         self.mean.update(loss)
@@ -438,7 +443,7 @@ class Looks(Net):
 
     def evidence(self) -> list[Any]:
         return [self.calls, self.level, self.history, vars(self.meter), self.counts.tolist(),
-                self.plain, self.num, torch.rand(2)]  # fmt: skip
+                self.plain, self.num, self.totals, self.labels, torch.rand(2)]  # fmt: skip
 
 
 class Data(pl.LightningDataModule):

@@ -160,9 +160,7 @@ def test_st_both_and_bn_batches_on_several_ranks(model: str) -> None:
     short = [key for key in SHORT if not key.startswith("model=")]
     keys = ["averaging=ema", *BOTH, *short, f"model={model}"]
     several = ["data.batch_size=8", "trainer.devices=2", "trainer.accelerator=cpu"]
-    configs = {
-        way: check(composed([*keys, *WAYS[way][1], *several])) for way in ("ddp", "fsdp")
-    }
+    configs = {way: check(composed([*keys, *WAYS[way][1], *several])) for way in ("ddp", "fsdp")}
     found = run_local(
         fit_all, configs, num_processes=2, start_method="forkserver", logging_config=None
     )

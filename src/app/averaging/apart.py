@@ -4,9 +4,10 @@ Nothing is copied but the values that running a model changes: buffers, states o
 lies small in attributes. Parameters, where they are asked for.
 """
 
-from collections import OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,12 +19,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
-SMALL = 1 << 20
-"""Bytes up to which an array in an attribute is taken for a state; above, for data."""
+SMALL, ROOM = 1 << 20, 16 << 20
+"""Bytes up to which an array in an attribute is taken for a state, not for data; of all of them."""
 
-MAPPINGS = (dict, OrderedDict, defaultdict)
-SEQUENCES = (list, deque)
-PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor, np.ndarray, np.generic)
+ATOMS = (bool, int, float, complex, str, bytes, type(None))
+MEASURED = (*ATOMS, Tensor, np.ndarray, np.generic, dict, list, deque, set, tuple)
 
 
 @contextmanager
@@ -36,16 +36,14 @@ def apart(
     lists, dictionaries, small arrays and plain objects in them; with `parameters`, their values.
     """
     loggers, should_stop = trainer.loggers, trainer.should_stop
-    undo = noted(pl_module, parameters=parameters)
+    noted = Noted(pl_module, parameters=parameters)
     trainer.loggers = [Silent(logger) for logger in loggers]
     try:
         with isolate_rng():
             yield
     finally:
         trainer.loggers, trainer.should_stop = loggers, should_stop
-        with torch.no_grad():
-            for step in undo:
-                step()
+        noted.restore()
 
 
 class Silent(DummyLogger):
@@ -76,125 +74,118 @@ class Silent(DummyLogger):
         return getattr(self._of, "log_dir", self.save_dir)
 
 
-def noted(module: nn.Module, *, parameters: bool) -> list[Callable[[], None]]:
-    """What sets back, one after the other, all that running a module may have changed."""
-    undo: list[Callable[[], None]] = []
-    seen: set[int] = set()
-    for part in module.modules():
-        seen.add(id(part))
-        for buffer in part.buffers(recurse=False):
-            _note_tensor(buffer, undo, seen)
-        for parameter in part.parameters(recurse=False):
-            undo.append(_requires_grad(parameter, parameter.requires_grad))
-            if parameters:
-                _note_tensor(parameter, undo, seen)
-            seen.add(id(parameter))
-        for value in vars(part).values():
-            if isinstance(part, Metric) and isinstance(value, Tensor):
-                _note_tensor(value, undo, seen)
-            _note(value, undo, seen)
-        undo.append(_contents(vars(part)))
-    return undo
+class Noted:
+    """All that running a module may change, as it is now.
+
+    Args:
+        module: with all modules in it.
+        parameters: whether the values of parameters are noted too.
+    """
+
+    def __init__(self, module: nn.Module, *, parameters: bool) -> None:
+        self._undo: list[Callable[[], None]] = []
+        self._seen: set[int] = set()
+        self._room = ROOM
+        for part in module.modules():
+            for buffer in part.buffers(recurse=False):
+                self._note_tensor(buffer)
+            for parameter in part.parameters(recurse=False):
+                self._undo.append(partial(_train, parameter, parameter.requires_grad))
+                if parameters:
+                    self._note_tensor(parameter)
+                self._seen.add(id(parameter))
+            if isinstance(part, Metric):
+                for value in vars(part).values():
+                    if isinstance(value, Tensor):
+                        self._note_tensor(value)
+            self._note(vars(part))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Set all of it back."""
+        for step in self._undo:
+            step()
+
+    def _note(self, value: Any) -> None:
+        """Note what an attribute or a container holds."""
+        if isinstance(value, Tensor | np.ndarray):
+            if _has_values(value) and value.nbytes <= min(SMALL, self._room):
+                self._room -= value.nbytes
+                self._note_tensor(value) if isinstance(value, Tensor) else self._note_array(value)
+        elif isinstance(value, dict | list | deque | set | tuple):
+            if id(value) in self._seen:
+                return
+            self._seen.add(id(value))
+            if not isinstance(value, tuple):
+                self._undo.append(_contents(value))
+            for item in value.values() if isinstance(value, dict) else value:
+                if not isinstance(item, ATOMS):
+                    self._note(item)
+        elif _is_meter(value):
+            self._note(vars(value))
+
+    def _note_tensor(self, tensor: Tensor) -> None:
+        """Note the values, and the memory they lie in."""
+        if id(tensor) in self._seen or not _has_values(tensor):
+            return
+        self._seen.add(id(tensor))
+        memory = tensor.data
+        self._undo.append(partial(_set_tensor, tensor, memory, memory.clone()))
+
+    def _note_array(self, array: Any) -> None:
+        if id(array) not in self._seen and array.flags.writeable:
+            self._seen.add(id(array))
+            self._undo.append(partial(np.copyto, array, array.copy()))
 
 
-def _note(value: Any, undo: list[Callable[[], None]], seen: set[int]) -> None:
-    """Note an attribute."""
-    kind = type(value)
-    if kind in (*MAPPINGS, *SEQUENCES, set):
-        _note_container(value, undo, seen)
-    elif isinstance(value, Tensor):
-        if value.nbytes <= SMALL if _has_values(value) else False:
-            _note_tensor(value, undo, seen)
-    elif isinstance(value, np.ndarray):
-        if value.nbytes <= SMALL and id(value) not in seen:
-            seen.add(id(value))
-            undo.append(_array(value))
-    elif _is_plain_object(value) and id(value) not in seen:
-        seen.add(id(value))
-        for item in vars(value).values():
-            _note(item, undo, seen)
-        undo.append(_contents(vars(value)))
-
-
-def _note_container(value: Any, undo: list[Callable[[], None]], seen: set[int]) -> None:
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    undo.append(_contents(value))
-    for item in value.values() if isinstance(value, dict) else value:
-        if type(item) in (*MAPPINGS, *SEQUENCES, set):
-            _note_container(item, undo, seen)
-
-
-def _is_plain_object(value: Any) -> bool:
-    """Whether it holds numbers, texts, arrays and containers only, as a meter does."""
+def _is_meter(value: Any) -> bool:
+    """Whether an object holds nothing but numbers, texts, arrays and containers."""
     attributes = getattr(value, "__dict__", None)
     return (
         type(attributes) is dict
         and not isinstance(value, type | nn.Module)
         and not callable(value)
-        and all(isinstance(v, (*PLAIN, *MAPPINGS, *SEQUENCES, set, tuple))
-                for v in attributes.values())
-    )  # fmt: skip
-
-
-def _contents(container: Any) -> Callable[[], None]:
-    """Fill a container as it is now, unless nothing in it has changed."""
-    is_mapping = isinstance(container, dict)
-    kept = dict(container) if is_mapping else list(container)
-
-    def restore() -> None:
-        if len(container) == len(kept):
-            pairs: Any = (
-                ((container.get(key, kept), kept[key]) for key in kept)
-                if is_mapping
-                else zip(container, kept, strict=True)
-            )
-            if all(now is before for now, before in pairs):
-                return
-        container.clear()
-        container.update(kept) if hasattr(container, "update") else container.extend(kept)
-
-    return restore
-
-
-def _array(array: Any) -> Callable[[], None]:
-    kept = array.copy()
-
-    def restore() -> None:
-        if array.flags.writeable:
-            array[...] = kept
-
-    return restore
-
-
-def _requires_grad(parameter: nn.Parameter, is_trained: bool) -> Callable[[], None]:
-    def restore() -> None:
-        if parameter.requires_grad != is_trained:
-            parameter.requires_grad_(is_trained)
-
-    return restore
-
-
-def _has_values(tensor: Tensor) -> bool:
-    return (
-        not is_lazy(tensor)
-        and not tensor.is_meta
-        and tensor.layout == torch.strided
-        and not tensor.is_inference()
+        and all(isinstance(item, MEASURED) for item in attributes.values())
     )
 
 
-def _note_tensor(tensor: Tensor, undo: list[Callable[[], None]], seen: set[int]) -> None:
-    """Note the values, and the memory they lie in."""
-    if id(tensor) in seen or not _has_values(tensor):
-        return
-    seen.add(id(tensor))
-    memory = tensor.data
-    kept = memory.clone()
+def _has_values(value: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return True
+    is_here = not is_lazy(value) and not value.is_meta and value.layout == torch.strided
+    return is_here and not value.is_inference()
+
+
+def _train(parameter: nn.Parameter, is_trained: bool) -> None:
+    if parameter.requires_grad != is_trained:
+        parameter.requires_grad_(is_trained)
+
+
+def _set_tensor(tensor: Tensor, memory: Tensor, values: Tensor) -> None:
+    tensor.data = memory
+    memory.copy_(values)
+
+
+def _contents(container: Any) -> Callable[[], None]:
+    """What fills a container as it is now, unless nothing in it has changed."""
+    kept: Any = dict(container) if isinstance(container, dict) else list(container)
 
     def restore() -> None:
-        tensor.data = memory
-        memory.copy_(kept)
+        now: Any = dict(container) if isinstance(container, dict) else list(container)
+        if len(now) == len(kept):
+            if isinstance(kept, dict):
+                is_same = all(key in now and now[key] is kept[key] for key in kept)
+            else:
+                is_same = all(one is other for one, other in zip(now, kept, strict=True))
+            if is_same:
+                return
+        container.clear()
+        if isinstance(container, dict):
+            for key, value in kept.items():  # by `update`, a Counter would add
+                container[key] = value
+        elif isinstance(container, set):
+            container.update(kept)
+        else:
+            container.extend(kept)
 
-    undo.append(restore)
+    return restore
