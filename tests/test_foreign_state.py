@@ -11,6 +11,9 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from conftest import presets_of
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from test_averaging import (
@@ -29,6 +32,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
+
+from app.run.progress import StartTable
 
 pytestmark = [*warnings_of_lightning, pytest.mark.filterwarnings("ignore:Lazy modules"),
               pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled")]  # fmt: skip
@@ -612,6 +617,58 @@ def test_st_lazy_layers_are_averaged_and_continued(tmp_path: Path, kind: str, sa
         torch.testing.assert_close(model.body[0].weight.data, mean)
 
 
+def clip_of(preset: str) -> Callback:
+    with initialize_config_module("app.conf", version_base="1.3"):
+        return instantiate(compose(overrides=[f"+clip={preset}"]).clip, _convert_="all")
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+@pytest.mark.parametrize("preset", presets_of("clip"))
+def test_st_lazy_layers_are_clipped_as_others(tmp_path: Path, preset: str, sanity: int) -> None:
+    """The head, which `adaptive` leaves alone, is the last lazy layer."""
+
+    class Ready(LazyNet):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(7)
+            self(torch.zeros(8, 3))
+            self.body[1].reset_running_stats()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=2.0)
+
+    class NotReady(Ready):
+        def __init__(self) -> None:
+            LazyNet.__init__(self)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.global_step == 0:  # the same first weights
+                self(batch[0])
+                self.load_state_dict(Ready().state_dict())
+
+    steps = []
+    for make in (Ready, NotReady):
+        _, trace, _ = run(tmp_path, make, clip_of(preset), num_sanity_val_steps=sanity)
+        steps.append(trace.steps)
+    assert len(steps[0]) == len(steps[1]) == 16
+    for one, other in zip(*steps, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_st_lazy_layers_stand_in_the_table_as_such(
+    tmp_path: Path, checked: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lazy, known = LazyNet(), Net()
+    table = StartTable(checked().plain)
+    for model in (lazy, known):
+        run(tmp_path, lambda model=model: model, table, max_epochs=1, num_sanity_val_steps=0)
+    first, second = (
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("length")
+    )
+    assert first.endswith("4 optimizer steps of 0 parameters, and 8 that the first batch shapes")
+    assert second.endswith("4 optimizer steps of 21 parameters")
+
+
 class GrowsGroup(Net):
     """A head that joins the optimizer in the third epoch."""
 
@@ -689,3 +746,66 @@ def test_sc_swa_lr_up_to_ten_times_the_peak_of_a_schedule_is_accepted(tmp_path: 
     recorder = Recorder()
     run(tmp_path, OneCycle, swa(start=1, lr=0.09, anneal_epochs=0), recorder)
     assert recorder.rates[-1] == pytest.approx([0.09])
+
+
+# ----------------------------------------------------------------------------- models that change
+
+
+class GrowsLayer(Net):
+    """A layer that comes in the third epoch, a list that grows, a scale that goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList([nn.Parameter(torch.ones(1))])
+        self.goes = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.body(x) * torch.stack([*self.scales]).prod()
+        return out + self.goes(x) if hasattr(self, "goes") else out
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 2:
+            del self.goes
+            self.scales.append(nn.Parameter(torch.tensor([1.5])))
+            self.optimizers().add_param_group({"params": [self.scales[1]]})
+
+
+class Codes(Net):
+    """Codes in integers, a spectral norm, and a table that is never trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body[2] = parametrizations.spectral_norm(self.body[2])
+        self.register_buffer("codes", torch.zeros(3, dtype=torch.int8))
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("half", torch.zeros(2, dtype=torch.float16))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.codes += 1
+        self.half += 0.25
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("validate", ["averaged", "both"])
+@pytest.mark.parametrize("make", [GrowsLayer, Codes], ids=lambda make: make.__name__)
+def test_an_average_by_hand_of_a_model_that_changes(
+    tmp_path: Path, make: Any, validate: str
+) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="last")
+    model, trace, _ = run(tmp_path, make, ema(decay=0.75, validate=validate), saver)
+    _, stock, _ = run(tmp_path, make)
+    for one, other in zip(stock.steps, trace.steps, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    average: dict[str, Tensor] = {}
+    for step in trace.steps:
+        for name, value in step.items():
+            before = average.get(name, value.float())
+            average[name] = before.lerp(value.float(), 0.25)
+    content = read(tmp_path / "last.ckpt")
+    assert content["state_dict"].keys() == trace.steps[-1].keys()
+    for name, value in trace.steps[-1].items():
+        now, saved = model.state_dict()[name], content["state_dict"][name]
+        assert torch.equal(now, saved)
+        assert torch.equal(content["raw"]["state_dict"][name], value)
+        expected = average[name].to(value.dtype) if value.is_floating_point() else value
+        torch.testing.assert_close(now, expected, msg=name)

@@ -10,10 +10,11 @@ up. Lightning's own averages lose the start, the end, or the test.
 | preset  | the average                                                | source                  |
 |---------|------------------------------------------------------------|-------------------------|
 | ema     | exponential: recent weights count most                     | Polyak, Juditsky; timm  |
-| swa     | equal weights: the ends of the last epochs, at its own rate | arXiv 1803.05407       |
+| swa     | equal weights: the ends of the last epochs, at half the rate | arXiv 1803.05407      |
 | uniform | equal weights: every step (or epoch) from a start on       | Polyak, Juditsky 1992   |
 
-Write `averaging.NAME=null` to take a bound away. A rule of your own: subclass one of these in
+A buffer that a validation changes (a threshold, a best score) is no weight: it is averaged no
+more. Write `averaging.NAME=null` to take a bound away. A rule of your own: subclass one of these in
 `app.averaging`, override `should_update`, `weight` or `update`, and name the class in
 `averaging._target_`. What all presets have in common stands in `parts/common.yaml`.
 """
@@ -45,7 +46,8 @@ class Averaging:
     every_n_steps: int | None = count(instead="type {key}=1")
     """Optimizer steps from one update to the next, >= 1; null: one at the end of each epoch."""
     validate: Validate = MISSING
-    """averaged or raw weights; both also logs `raw_<metric>`. Checkpoints are of the average."""
+    """averaged or raw weights; both validates twice, and logs `raw_<metric>` as well. Checkpoints
+    are of the average."""
     bn_batches: int | None = count(instead="type {key}=1")
     """Training batches, >= 1, from which the average's BatchNorm statistics are computed, before
     it is evaluated, at the end of an epoch and of the run; null: running statistics are averaged

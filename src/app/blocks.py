@@ -7,6 +7,7 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from app.errors import Refused
@@ -44,7 +45,7 @@ def find_blocks(
     taken: set[nn.Parameter] = set()
     for name, part in parts.items():
         free = set(part.parameters()) - taken
-        if sum(parameter.numel() for parameter in free) >= min_parameters:
+        if sum(map(_size, free)) >= min_parameters:
             blocks[name] = part
             taken |= free
     if not blocks:
@@ -87,8 +88,18 @@ def wrap_forward(module: nn.Module, key: str, wrap: Callable[[Forward], Forward]
 
 
 def num_parameters(module: nn.Module) -> int:
-    """How many numbers its parameters hold."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    """How many numbers its parameters hold; those of lazy layers none yet."""
+    return sum(map(_size, module.parameters()))
+
+
+def _size(parameter: nn.Parameter) -> int:
+    return 0 if is_lazy(parameter) else parameter.numel()
+
+
+def is_matrix(parameter: nn.Parameter, owner: nn.Module) -> bool:
+    """Whether a parameter is trained, and has, or is to have, more than one dimension."""
+    is_wide = not hasattr(owner, "running_mean") if is_lazy(parameter) else parameter.ndim > 1
+    return parameter.requires_grad and is_wide
 
 
 def _unknown_class(name: str, model: nn.Module, parts: Mapping[str, nn.Module], prefix: str) -> str:

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from app.blocks import is_matrix
 from app.errors import Refused
 from app.parallel.sharded import Sharded, Spread
 
@@ -408,8 +409,8 @@ class AdaptiveClip(Clip):
                 )
             self._excluded.update(found)
         if self.exclude_head:
-            owned = [list(module.parameters(recurse=False)) for module in pl_module.modules()]
-            heads = [own for own in owned if any(p.ndim > 1 and p.requires_grad for p in own)]
+            owned = [(part, [*part.parameters(recurse=False)]) for part in pl_module.modules()]
+            heads = [own for part, own in owned if any(is_matrix(p, part) for p in own)]
             if not heads:
                 raise Refused(
                     "clip.exclude_head must find a module with a trainable matrix, got none in "

@@ -2,7 +2,8 @@
 
 The average lives beside the weights, as one shadow tensor for each trainable floating parameter and
 each floating buffer of the state dict. Everything else (integer buffers, frozen parameters, buffers
-with infinities) is shared by both. It is shown by setting data pointers: nothing is copied.
+with infinities, or that a validation changes) is shared by both. It is shown by setting data
+pointers: nothing is copied.
 """
 
 from app.averaging import rules

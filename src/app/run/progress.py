@@ -90,7 +90,7 @@ class StartTable(pl.Callback):
         made = sum(p.numel() for p in self._lazy if not is_lazy(p))  # by the sanity check
         parameters = f"{self._num_parameters + made:,} parameters"
         if still_lazy:
-            parameters += f", and {len(still_lazy)} that the first batch gives a shape"
+            parameters += f", and {len(still_lazy)} that the first batch shapes"
         rows = [
             ("run", self._config["run_dir"]),
             *describe(self._config),
