@@ -1,6 +1,5 @@
 """Whatever loaders a user brings: continued, split, combined, empty, and asked a second time."""
 
-import itertools
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from app.accumulate import ConstantAccumulation
 from app.run.build import Run, build
 from app.run.checkpoint import newest_intact
 
@@ -282,3 +282,81 @@ def test_da_state_a_run_goes_on_behind_the_last_batch_it_was_trained_on(
         for name, tensor in whole.model.state_dict().items():
             assert torch.equal(tensor, cut.model.state_dict()[name]), (name, cuts)
     assert not [str(one.message) for one in recwarn if "served again" in str(one.message)]
+
+
+# ------------------------------------------------------------------------------- batches left out
+
+
+def mean_step(model: Any, samples: list[Any], lr: float = 0.1) -> None:
+    """One step of plain gradient descent on the mean over batches."""
+    loss = torch.stack([model(batch).square().mean() for batch in samples]).mean()
+    for parameter, gradient in zip(
+        model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
+    ):
+        with torch.no_grad():
+            parameter -= lr * gradient
+
+
+class Lines(pl.LightningModule):
+    """A linear model whose loader and step leave out what they are told to."""
+
+    def __init__(self, gaps: list[int], skips: list[int], sized: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Linear(3, 1).double()
+        self.gaps, self.skips, self.sized = gaps, skips, sized
+        self.batches = torch.randn(10, 4, 3, generator=torch.Generator().manual_seed(1)).double()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if batch_idx in self.skips else self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1, momentum=0.0)
+
+    def train_dataloader(self) -> Any:
+        served = [None if i in self.gaps else one for i, one in enumerate(self.batches)]
+        return DataLoader(served, batch_size=None) if self.sized else Forgetful(served)
+
+
+class Forgetful:
+    """Batches of which it does not say how many there are."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+GAPS: dict[str, tuple[list[int], list[int], list[list[int]]]] = {
+    "the last of a window": ([3], [], [[0, 1, 2], [4, 5, 6, 7], [8, 9]]),
+    "several, the last too": ([1, 2, 3], [], [[0], [4, 5, 6, 7], [8, 9]]),
+    "the last of the epoch": ([9], [], [[0, 1, 2, 3], [4, 5, 6, 7], [8]]),
+    "the last two of the epoch": ([8, 9], [], [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    "the first of the epoch": ([0], [], [[1, 2, 3, 4], [5, 6, 7, 8], [9]]),
+    "a whole window": ([4, 5, 6, 7], [], [[0, 1, 2, 3], [8, 9]]),
+    "the step of the last": ([], [3], [[0, 1, 2], [4, 5, 6, 7], [8, 9]]),
+    "the step of the first": ([], [4], [[0, 1, 2, 3], [5, 6, 7], [8, 9]]),
+    "steps of a whole window": ([], [4, 5, 6, 7], [[0, 1, 2, 3], [8, 9]]),
+    "both": ([1, 7], [3, 6], [[0, 2], [4, 5], [8, 9]]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:train_dataloader yielded None", "ignore:.*treespec")
+@pytest.mark.filterwarnings("ignore:.*returned `None`", "ignore:.*does not have many workers")
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("case", GAPS)
+def test_da_none_a_step_is_the_mean_of_what_came(case: str, sized: bool) -> None:
+    gaps, skips, windows = GAPS[case]
+    model = Lines(gaps, skips, sized)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[ConstantAccumulation(factor=4, weight_by=None)],
+    )  # fmt: skip
+    trainer.fit(model)
+    expected = Lines([], []).net
+    for window in windows * 2:
+        mean_step(expected, [model.batches[index] for index in window])
+    for mine, theirs in zip(model.net.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)

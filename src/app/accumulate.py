@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from app.errors import Refused
+from app.parallel.data_parallel import DataParallel, rescale
 from app.parallel.sharded import placed_like
 from app.parallel.sizes import accumulation_factor
 from app.parallel.split import mean_over_ranks, micro_batch_size, share_of
@@ -49,22 +50,29 @@ class Window(int):
     Lightning asks `batches % trainer.accumulate_grad_batches == 0` for "is an edge of a window
     here?", both to zero the gradients and to step, which is true only for factors that never
     change within an epoch. A Window answers that question for the window it stands for.
+
+    Attributes:
+        start, end: in micro-batches of the epoch.
+        ends: whether the end is an edge: after a None, only where a step was made all the same.
     """
 
     start: int
     end: int
+    ends: bool
 
     def __new__(cls, factor: int, start: int) -> "Window":
         window = super().__new__(cls, factor)
         window.start = start
         window.end = start + factor
+        window.ends = True
         return window
 
     def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]
         return int(self), self.start
 
     def __rmod__(self, num_batches: int) -> int:
-        return 0 if num_batches in (self.start, self.end) else 1
+        is_edge = num_batches == self.start or (self.ends and num_batches == self.end)
+        return 0 if is_edge else 1
 
 
 class Accumulation(pl.Callback):
@@ -91,6 +99,8 @@ class Accumulation(pl.Callback):
         self._gradients: dict[str, Tensor] = {}
         self._stays_as_begun = False
         self._num_ranks: int | None = None
+        self._parallel: DataParallel | None = None
+        self._is_open = False
 
     @property
     @abstractmethod
@@ -127,7 +137,12 @@ class Accumulation(pl.Callback):
             return
         self.refuse_manual_optimization(pl_module)
         self._gradients = {}
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        self._parallel = next((c for c in callbacks if isinstance(c, DataParallel)), None)
         self._open(trainer, 0)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._is_open = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
@@ -144,12 +159,17 @@ class Accumulation(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert self._window is not None
+        window = self._window
+        assert window is not None
         # not `== end`: that batch may be one that the loader left out by yielding None
-        if batch_idx == 0 or not self._window.start <= batch_idx < self._window.end:
-            self._open(trainer, batch_idx)
-        if self.weight_by is not None:
-            self._weight = self._count(batch, self.weight_by)
+        if not (self._is_open and window.start <= batch_idx < window.end):
+            window = self._open(trainer, batch_idx)
+            self._is_open = True
+        window.ends = batch_idx + 1 == window.end
+        counts = self.weight_by is not None
+        self._weight = self._count(batch, self.weight_by) if self.weight_by is not None else 1.0
+        if self._parallel is not None and self._parallel.only_fills(batch_idx, counts=counts):
+            self._weight = 0.0
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
@@ -168,15 +188,9 @@ class Accumulation(pl.Callback):
     ) -> None:
         assert self._window is not None
         total = self._mean_weight(trainer, pl_module)
-        if total not in (0.0, float(self._window)):
-            gradients = [
-                parameter.grad
-                for group in optimizer.param_groups
-                for parameter in group["params"]
-                if parameter.grad is not None
-            ]
-            if gradients:
-                torch._foreach_mul_(gradients, self._window / total)
+        if total != float(self._window):
+            stepped = (p for group in optimizer.param_groups for p in group["params"])
+            rescale(stepped, self._window / total if total else None)
         self._num_batches, self._total_weight = 0, 0.0
 
     def on_train_batch_end(
@@ -188,6 +202,8 @@ class Accumulation(pl.Callback):
         batch_idx: int,
     ) -> None:
         assert self._window is not None
+        if batch is None and self._num_batches:
+            self._step_after_none(trainer, pl_module, batch_idx)
         if self._window != 1 and isinstance(outputs, dict) and "loss" in outputs:
             outputs["loss"] = outputs["loss"] * int(self._window)
 
@@ -217,6 +233,7 @@ class Accumulation(pl.Callback):
             return
         saved = checkpoint["accumulation"]
         self._window = trainer.accumulate_grad_batches = Window(saved["factor"], saved["start"])
+        self._is_open = True
         self._num_batches, self._total_weight = saved["num_batches"], saved["total_weight"]
         self._gradients = saved["gradients"]
 
@@ -234,16 +251,38 @@ class Accumulation(pl.Callback):
         assert self._window is not None
         return {"accumulation_factor": float(self._window)}
 
-    def _open(self, trainer: pl.Trainer, batch_idx: int) -> None:
+    def _step_after_none(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int
+    ) -> None:
+        """Make the step of a window whose last micro-batch is None, which Lightning passes over."""
+        window, loop = self._window, trainer.fit_loop.epoch_loop
+        assert window is not None
+        if batch_idx + 1 != window.end and not trainer.is_last_batch:
+            return
+        step = loop.automatic_optimization.optim_progress.optimizer.step
+        step.increment_ready()
+        nothing = torch.zeros((), device=pl_module.device)
+        optimizer: Any = pl_module.optimizers()
+        pl_module.optimizer_step(trainer.current_epoch, batch_idx, optimizer, lambda: nothing)
+        step.increment_completed()
+        window.ends = True
+        if not trainer.is_last_batch:  # there Lightning has stepped the schedules
+            loop.update_lr_schedulers("step", update_plateau_schedulers=False)
+
+    def _open(self, trainer: pl.Trainer, batch_idx: int) -> Window:
         by_epoch, by_step = self.schedules
         begun = self._stays_as_begun
         factor = scheduled_factor(by_epoch, 0 if begun else trainer.current_epoch)
         factor *= scheduled_factor(by_step, 0 if begun else trainer.global_step)
         self._window = trainer.accumulate_grad_batches = Window(factor, batch_idx)
+        self._is_open = False
         self._num_batches, self._total_weight = 0, 0.0
+        return self._window
 
     def _mean_weight(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
-        if self.weight_by is None or trainer.world_size == 1:
+        if trainer.world_size == 1 or not (
+            self.weight_by is not None or (self._parallel and self._parallel.may_lack_batches)
+        ):
             return self._total_weight
         weight = torch.tensor(self._total_weight, dtype=torch.float64, device=pl_module.device)
         return float(mean_over_ranks(trainer, weight))

@@ -170,6 +170,7 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
                     raise  # nobody asked: not the end of a rank that left before this one
                 raise SystemExit(asked.exit_code) from stop  # Lightning's is another
             asked.release()
+            run.refuse_untrained()
         kept = run.checkpoints()
         kind = "last" if config.test == "last" or kept["best"] == kept["last"] else "best"
         delivered = kind if kept[kind] else None

@@ -4,8 +4,9 @@ import copy
 import inspect
 import logging
 import random
+from collections import deque
 from collections.abc import Iterator, Mapping
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class ResumableLoader:
     asked for. Whoever else iterates it gets batches of its own, and the position stays.
 
     Args:
+        fillers: where a batch that is None is to be taken down, and the one before it served in
+            its place, for the ranks to train together; None: it is served as it is.
         asks_ahead: whether Lightning asks for a batch before the one before it is trained on: it
             does where some loader has no length.
 
@@ -48,10 +51,11 @@ class ResumableLoader:
         waits: whether it is not iterated before an epoch has started.
     """
 
-    def __init__(self, loader: Any, *, asks_ahead: bool) -> None:
+    def __init__(self, loader: Any, *, asks_ahead: bool, fillers: set[int] | None = None) -> None:
         self.loader = without_persistent_workers(loader)
         self.waits = False
         self._asks_ahead = asks_ahead
+        self._fillers = fillers
         self._made_with = _counters(self.loader)
         self._start: dict[str, Any] = {}
         self._num_served = 0
@@ -120,7 +124,10 @@ class ResumableLoader:
         self._start = {"epoch_start": random_state(), "held_start": self._held()}
         self._num_served = 0
         self._last = {}
-        return iter(self.loader)
+        if self._fillers is None:
+            return iter(self.loader)
+        self._fillers.clear()
+        return filled(iter(self.loader), self._fillers)
 
     def _found(self, restored: dict[str, Any]) -> Iterator[Any]:
         """The batches behind a position."""
@@ -222,17 +229,76 @@ class ResumableLoader:
                 _set_state(one, held["generators"][name])
 
 
-def resumable(loaders: Any) -> tuple[Any, list[ResumableLoader]]:
-    """What `train_dataloader` returned with each loader in it made resumable, and those loaders."""
+def filled(batches: Iterator[Any], fillers: set[int]) -> Iterator[Any]:
+    """Batches of which each None is taken down, and another one served in its place."""
+    instead = None
+    waiting: deque[Any] = deque()
+    for number in count():
+        batch = waiting.popleft() if waiting else next(batches, batches)
+        while batch is None and instead is None:  # the first ones: look for one that is not
+            waiting.append(next(batches, batches))
+            instead = waiting[-1]
+        if batch is batches or instead is batches:
+            return
+        if batch is None:
+            fillers.add(number)
+        else:
+            instead = batch
+        yield instead
+
+
+def resumable(loaders: Any, fillers: set[int] | None = None) -> tuple[Any, list[ResumableLoader]]:
+    """What `train_dataloader` returned with each loader in it made resumable, and those loaders.
+
+    Args:
+        fillers: of a loader alone: a batch of several is not None.
+    """
     if not isinstance(loaders, CombinedLoader):
         if not isinstance(loaders, Mapping | list | tuple):
-            loader = ResumableLoader(loaders, asks_ahead=sized_len(loaders) is None)
+            is_endless = sized_len(loaders) is None
+            loader = ResumableLoader(loaders, asks_ahead=is_endless, fillers=fillers)
             return loader, [loader]
         loaders = CombinedLoader(loaders, "max_size_cycle")
     asks_ahead = any(sized_len(loader) is None for loader in loaders.flattened)
     found = [ResumableLoader(loader, asks_ahead=asks_ahead) for loader in loaders.flattened]
     loaders.flattened = found
     return loaders, found
+
+
+def refuse_empty(loaders: Any, limit: int | float | None) -> Any:
+    """The loaders. Raises Refused where there is nothing to train on: Lightning calls it finished.
+
+    Args:
+        limit: of Lightning's `limit_train_batches`.
+    """
+    is_combined = isinstance(loaders, CombinedLoader)
+    for loader in loaders.flattened if is_combined else tree_leaves(loaders):
+        num_batches = sized_len(loader)
+        if num_batches == 0:
+            raise Refused(f"train_dataloader must serve a batch, got none: {_why_empty(loader)}")
+        if isinstance(limit, float) and num_batches and int(num_batches * limit) == 0:
+            raise Refused(
+                f"trainer.limit_train_batches must leave one of the {num_batches} batches of an "
+                f"epoch, got {limit}; type trainer.limit_train_batches=1"
+            )
+    return loaders
+
+
+def _why_empty(loader: Any) -> str:
+    num_samples = sized_len(getattr(loader, "dataset", loader))
+    sampler = getattr(loader, "batch_sampler", None)
+    drawn = sized_len(getattr(sampler, "sampler", None))
+    size = getattr(sampler, "batch_size", None)
+    if num_samples == 0 or drawn is None or size is None:
+        return f"{_name_of(loader)} is empty; give it samples"
+    if drawn == 0:
+        return f"the sampler draws none of the {num_samples} samples; let it draw some"
+    ranks = sampler.share.size if isinstance(sampler, SharedSampler) else 1
+    of_ranks = f" for each of {ranks} ranks" if ranks > 1 else ""
+    return (
+        f"{drawn} samples are fewer than a batch of {size}{of_ranks}, and drop_last leaves them "
+        f"out; type data.batch_size={max(1, drawn // ranks)}, or give it drop_last=False"
+    )
 
 
 def without_persistent_workers(loader: Any) -> Any:

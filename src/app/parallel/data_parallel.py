@@ -1,7 +1,7 @@
 """What several ranks need beside averaged gradients: their shares, and the same answer on each."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,11 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import default_collate
 from torchmetrics import Metric
 
 from app.errors import Refused
-from app.parallel.split import WHOLE, SharedSampler, share_of, split
+from app.parallel.split import WHOLE, SharedSampler, mean_over_ranks, share_of, split
 
 
 class DataParallel(pl.Callback):
@@ -27,17 +28,29 @@ class DataParallel(pl.Callback):
     changes, such as BatchNorm's, are rank 0's before each evaluation, as in the checkpoint. Where
     other parameters are trained than in the epoch before, DistributedDataParallel is told.
 
+    A rank whose loader yields None takes part in the step, which is the mean over what came: its
+    last batch is served again, and counts 0. (Lightning refuses a `training_step` that returns it.)
+
     Args:
         weighted: false where the losses are weighted by counts of the batches.
+        accumulates: whether an accumulation divides the gradients by what came.
+
+    Attributes:
+        fillers: the micro-batches of the epoch for which this rank had none; filled by who serves.
+        may_lack_batches: whether a rank may have none: the ranks then ask each other in each step.
     """
 
-    def __init__(self, *, weighted: bool) -> None:
+    def __init__(self, *, weighted: bool, accumulates: bool) -> None:
         self._weighted = weighted
+        self._accumulates = accumulates
         self._share = WHOLE
         self._sampler: Any = None
         self._weight = 1.0
         self._trained: set[str] = set()  # as DistributedDataParallel knows
         self._asks = False
+        self._lacks = False
+        self.fillers: set[int] = set()
+        self.may_lack_batches = False
 
     def log(self, model: pl.LightningModule, log: Callable[..., None]) -> Callable[..., None]:
         """What logs the mean over the ranks in place of a model's own method."""
@@ -65,8 +78,20 @@ class DataParallel(pl.Callback):
             if (now := trained(pl_module)) != self._trained:
                 self._trained = now
                 wrap_again(trainer, pl_module)
-        if self._sampler is not None:
-            self._weight = self._sampler.weight(batch_idx)
+        self._lacks = batch_idx in self.fillers
+        weight = 1.0 if self._sampler is None else self._sampler.weight(batch_idx)
+        if not self._weighted and weight:  # by counts, of which only a repeated sample has none
+            weight = 1.0
+        self._weight = 0.0 if self._lacks else weight
+
+    def only_fills(self, batch_idx: int, *, counts: bool) -> bool:
+        """Whether a micro-batch of this rank is not in the mean over what came.
+
+        Args:
+            counts: whether the mean is over counts of the batches, not over micro-batches.
+        """
+        repeats = counts and self._sampler is not None and self._sampler.weight(batch_idx) == 0.0
+        return repeats or batch_idx in self.fillers
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
@@ -84,6 +109,12 @@ class DataParallel(pl.Callback):
                 f"{trainer.current_epoch}, and the ranks did not average its gradients; unfreeze "
                 "it in on_train_epoch_start, or type strategy=auto"
             )
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.may_lack_batches and not self._accumulates:
+            came = torch.tensor(float(not self._lacks), device=pl_module.device)
+            mean = float(mean_over_ranks(trainer, came))
+            if mean != 1.0:
+                rescale(pl_module.parameters(), 1 / mean if mean else None)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         make_buffers_alike(trainer, pl_module)
@@ -111,16 +142,19 @@ class DataParallel(pl.Callback):
             )
         if trains:
             self._sampler = self._sampler_of(loaders)
+            self.may_lack_batches = self._share.size > 1 and may_yield_none(loaders)
         return loaders
 
     def _sampler_of(self, loaders: Any) -> Any:
-        """What knows the weights; None where several loaders make a step, or counts weight it."""
-        if not self._weighted or self._share.size == 1:
+        """What knows the weights; None where several loaders make a step."""
+        if self._share.size == 1:
             return None
         if hasattr(loaders, "shard"):
             return loaders
-        sampler = getattr(loaders, "batch_sampler", None) or getattr(loaders, "sampler", None)
-        return sampler if isinstance(sampler, SharedSampler) else None
+        for name in ("batch_sampler", "sampler"):
+            if isinstance(sampler := getattr(loaders, name, None), SharedSampler):
+                return sampler
+        return None
 
     def _log(
         self,
@@ -166,6 +200,21 @@ def wrap_again(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     gc.collect()  # the one before, whose hooks are on the parameters as long as it is there
     strategy.configure_ddp()
     settle_buckets(strategy.model, pl_module)
+def rescale(parameters: Iterable[Tensor], scale: float | None) -> None:
+    """Multiply the gradients of parameters; None: take them away, as none came."""
+    stepped = [parameter for parameter in parameters if parameter.grad is not None]
+    if scale is None:
+        for parameter in stepped:
+            parameter.grad = None
+    elif gradients := [parameter.grad for parameter in stepped if parameter.grad is not None]:
+        torch._foreach_mul_(gradients, scale)
+
+
+def may_yield_none(loaders: Any) -> bool:
+    """Whether what serves the batches may leave one out: all that collates in a way of its own."""
+    if isinstance(loaders, CombinedLoader | Mapping | list | tuple) or hasattr(loaders, "shard"):
+        return False
+    return getattr(loaders, "collate_fn", None) is not default_collate
 
 
 def settle_buckets(parallel: DistributedDataParallel, model: pl.LightningModule) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from app.accumulate import Accumulation
 from app.config import Config, is_single
+from app.data.position import refuse_empty
 from app.errors import Refused
 from app.optim import configure_optimizers
 from app.parallel.data_parallel import DataParallel
@@ -58,6 +59,15 @@ class Run:
             last = getattr(kept, "last_model_path", None) or None
         return {"best": getattr(kept, "best_model_path", None) or last, "last": last}
 
+    def refuse_untrained(self) -> None:
+        """Raise Refused after a fit that has not trained on a single batch."""
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        if progress.started == 0 and self.trainer.max_steps != 0 and self.trainer.max_epochs != 0:
+            raise Refused(
+                f"{type(self.model).__name__} was trained on no batch: each one that "
+                "train_dataloader served was None; return at least one in an epoch"
+            )
+
     def has_test(self) -> bool:
         """Whether the model has a test step, and it or the data a loader for it."""
         return _has_test(self.model, self.data)
@@ -94,12 +104,15 @@ def build(
             refuse_lightnings("accumulate, clip and averaging", technique)
     if not is_single(config.strategy):
         weighted = all(getattr(one, "weight_by", None) is None for one in techniques)
-        parallel.append(DataParallel(weighted=weighted))
+        accumulates = any(isinstance(one, Accumulation) for one in techniques)
+        parallel.append(DataParallel(weighted=weighted, accumulates=accumulates))
         hooks.around_loaders(parallel[0].loaders)
         hooks.in_place_of("log", parallel[0].log(model, model.log))
+    limit = config.trainer.limit_train_batches
+    hooks.around_training(partial(refuse_empty, limit=limit))
     if served is not None:
         hooks.around_training(served)
-    resume = ExactResume()
+    resume = ExactResume(parallel[0].fillers if parallel else None)
     hooks.around_training(resume.resumable)
     begin = partial(resume.begin_epoch, model, model.on_train_epoch_start)
     hooks.in_place_of("on_train_epoch_start", begin)

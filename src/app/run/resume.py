@@ -23,6 +23,9 @@ class ExactResume(pl.Callback):
     all of it when a continued fit starts to train. In a new fit the ranks but the first draw
     from generators of their own from there on: dropout differs between shares of the data.
 
+    Args:
+        fillers: of `ResumableLoader`.
+
     Attributes:
         metrics: what was measured when the checkpoint was written that the fit continues from: a
             fit that had already ended measures nothing again.
@@ -30,7 +33,8 @@ class ExactResume(pl.Callback):
             not begun, so that a continued fit makes it first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fillers: set[int] | None = None) -> None:
+        self._fillers = fillers
         self.repeats_validation = False
         self._before_validation: dict[str, Any] = {}
         self._unfinished = Unfinished()
@@ -42,7 +46,7 @@ class ExactResume(pl.Callback):
 
     def resumable(self, loaders: Any) -> Any:
         """What `train_dataloader` returned, made to find its place again."""
-        loaders, self._loaders = resumable(loaders)
+        loaders, self._loaders = resumable(loaders, self._fillers)
         self._restore_positions()
         return loaders
 
