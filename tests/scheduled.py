@@ -109,6 +109,7 @@ class Scheduled(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         loss = self._loss(batch)
         self.log("loss_of_step", loss.detach())
+        self.log("mean_loss", loss.detach(), on_step=False, on_epoch=True)
         self.worst.copy_(torch.maximum(self.worst, loss.detach()))
         return loss
 

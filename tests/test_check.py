@@ -140,6 +140,9 @@ COMBINATIONS = {
     ("callbacks.checkpoint.monitor=zzz",): "callbacks.checkpoint.monitor must be one of "
     "train_loss, val_loss, val_acc, test_loss, test_acc, raw_val_loss, raw_val_acc, which the "
     "model logs, got zzz; type callbacks.checkpoint.monitor=val_loss",
+    ("callbacks.checkpoint.monitor=zzz", "model=custom", "model._target_=theirs.LitModel"):
+    "callbacks.checkpoint.mode must be min or max where callbacks.checkpoint.monitor=zzz, a name "
+    "that does not tell which values are better, got null; type callbacks.checkpoint.mode=max",
     ("precision=tf32", "trainer.accelerator=cpu"): "precision=tf32 needs a GPU: "
     "trainer.accelerator=cpu has no TF32; use precision=fp32",
     ("precision=fp8", "trainer.accelerator=cpu"): "precision=fp8 needs a GPU: "

@@ -49,6 +49,9 @@ class EarlyStopping:
     """Metric of the validation or the training; null = that of the checkpoints."""
     mode: Mode | None = None
     """min or max: which values of the metric are better; null = as the checkpoints, or by name."""
+    check_on_train_epoch_end: bool | None = None
+    """true = after the epoch, false = after the validation; null = as Lightning does, and after the
+    epoch where the metric is named train."""
     patience: int = count(instead="type {key}=5")
     """Validations without an improvement, >= 1."""
     min_delta: float = number(at_least=0, at_most=MANY, instead="type {key}=0")

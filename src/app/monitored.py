@@ -20,7 +20,7 @@ ENDINGS = {"loss": "min", "error": "min", "perplexity": "min", "accuracy": "max"
 
 def mode_of(name: str) -> str | None:
     """min or max: which values of a metric are better; None where its name does not say."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", name).lower()
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", name).lower()
     words = set(re.split(r"[^a-z0-9]+", spaced))
     words |= {word.rstrip("0123456789") for word in words}
     found = {mode for ending, mode in ENDINGS.items() for w in words if w.endswith(ending)}
@@ -37,7 +37,7 @@ def followed(cfg: DictConfig) -> DictConfig:
     checkpoint = OmegaConf.select(cfg, "callbacks.checkpoint")
     monitor = None if checkpoint is None else checkpoint.get("monitor")
     mode = None if monitor is None else checkpoint.get("mode") or mode_of(monitor)
-    found: dict[str, str | None] = {}
+    found: dict[str, str | bool | None] = {}
     if monitor is not None and "mode" in checkpoint:
         found["callbacks.checkpoint.mode"] = mode
     for key in ("callbacks.early_stopping", "scheduler"):
@@ -47,6 +47,9 @@ def followed(cfg: DictConfig) -> DictConfig:
             found[f"{key}.monitor"] = name
             of_name = mode if name == monitor else mode_of(name)
             found[f"{key}.mode"] = watching.mode or of_name
+            late = "check_on_train_epoch_end"
+            if "train" in name and watching.get(late, False) is None:
+                found[f"{key}.{late}"] = True
     if cfg.get("objective") is not None and cfg.get("direction", "") is None:
         told = mode_of(cfg.objective)
         found["direction"] = told and f"{told}imize"

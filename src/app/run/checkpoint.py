@@ -25,6 +25,7 @@ from app.process.files import replacing, sync_folder
 from app.process.intact import Checked, refuse_damaged
 from app.record.loggers import MetricsCsv
 from app.run.hooks import after_batch
+from app.run.metrics import Watched
 from app.run.resume import ExactResume
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -151,14 +152,16 @@ def newest_intact(directory: Path) -> Path | None:
 class Checkpoints(Checkpoint):
     """Keeps the best checkpoint by a metric, the last one, and the one before the last.
 
-    The best is written after a validation, the last at the end of each epoch and, where
+    The best is written after a validation, or after the epoch where it is the training that
+    measures the metric; the last at the end of each epoch and, where
     `every_n_steps` or `every_min` asks for it, at the end of an optimizer step. A validation that
-    is due comes first: Lightning does not run it again in a resumed run.
+    is due comes first: Lightning does not run it again in a resumed run. A fit that was to stop
+    when its last checkpoint was written does not go on from it: it is over.
 
     Args:
         dirpath: folder of the checkpoints.
-        monitor: metric of the validation; None keeps no best one.
-        mode: min or max: which values are better.
+        monitor: metric of the validation or the training; None keeps no best one.
+        mode: min or max: which values are better; None where there is no monitor.
         every_n_steps: also after this many optimizer steps, >= 1; None only at the epochs' ends.
         every_min: also after this many minutes, > 0; None only at the epochs' ends.
     """
@@ -184,6 +187,9 @@ class Checkpoints(Checkpoint):
         self._late = False
         self._asked_again_at = 0
         self._resume: ExactResume | None = None
+        self._watched = Watched(monitor or "")
+        self._of_validation = False
+        self._has_validated = False
 
     @property
     def last(self) -> Path:
@@ -218,35 +224,74 @@ class Checkpoints(Checkpoint):
         if not window_open:
             after_batch(pl_module, partial(self.save, trainer))
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._watched.begin(trainer)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or self.monitor is None:
             return
-        if self.monitor not in trainer.callback_metrics:
-            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-            rank_zero_warn(
-                f"callbacks.checkpoint.monitor={self.monitor} is not logged by "
-                f"{type(pl_module).__name__}, which logs {logged}; no best checkpoint is kept. "
-                "Type callbacks.checkpoint.monitor=METRIC, or =null for the last one only"
-            )
-            self.monitor = None
-            return
-        score = float(trainer.callback_metrics[self.monitor])
-        if self._is_better(score):
-            self.best_model_score = score
-            self.best_model_path = str(self.directory / "best.ckpt")
-            trainer.save_checkpoint(self.best_model_path, weights_only=False)
+        self._has_validated = True
+        if self._watched.is_measured(trainer):
+            self._of_validation = True
+            self._keep_if_best(trainer, self.monitor)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.monitor is not None and not self._of_validation:
+            self._judge_epoch(trainer, pl_module, self.monitor)
         self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._saved_step != trainer.global_step:
             self.save(trainer)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        progress = trainer.fit_loop.epoch_progress.current
+        progress.completed = progress.processed  # of a fit that had ended Lightning does not do it
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # a validation comes before the end
+        checkpoint["has_ended"] = bool(trainer.should_stop) and not trainer.validating
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == "fit" and checkpoint.get("has_ended"):
+            trainer.should_stop = True
+
+    def _judge_epoch(
+        self, trainer: pl.Trainer, model: pl.LightningModule, monitor: str
+    ) -> None:
+        if monitor in trainer.callback_metrics:
+            self._keep_if_best(trainer, monitor)
+        elif self._has_validated or not trainer.enable_validation:
+            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            rank_zero_warn(
+                f"callbacks.checkpoint.monitor={monitor} is not logged by "
+                f"{type(model).__name__}, which logs {logged}; no best checkpoint is kept. "
+                "Type callbacks.checkpoint.monitor=METRIC, or =null for the last one only"
+            )
+            self.monitor = None
+
+    def _keep_if_best(self, trainer: pl.Trainer, monitor: str) -> None:
+        score = float(trainer.callback_metrics[monitor])
+        if self._is_better(score):
+            self.best_model_score = score
+            self.best_model_path = str(self.directory / "best.ckpt")
+            trainer.save_checkpoint(self.best_model_path, weights_only=False)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"best_model_score": self.best_model_score, "monitor": self.monitor}
+        return {
+            "best_model_score": self.best_model_score,
+            "monitor": self.monitor,
+            "of_validation": self._of_validation,
+            "has_validated": self._has_validated,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._of_validation = state_dict.get("of_validation", False)
+        self._has_validated = state_dict.get("has_validated", False)
         best = self.directory / "best.ckpt"
         if state_dict["monitor"] == self.monitor and best.exists():
             self.best_model_score = state_dict["best_model_score"]

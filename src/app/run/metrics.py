@@ -144,6 +144,29 @@ def _csv_files(trainer: pl.Trainer) -> list[MetricsCsv]:
     return [logger for logger in trainer.loggers if isinstance(logger, MetricsCsv)]
 
 
+class Watched:
+    """Tells of a metric whether a validation measures it.
+
+    Args:
+        name: of the metric.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._before: Tensor | None = None
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Note what is known before a validation."""
+        self._before = trainer.callback_metrics.get(self._name)
+
+    def is_measured(self, trainer: pl.Trainer) -> bool:
+        """Whether the validation has measured it."""
+        value, before = trainer.callback_metrics.get(self._name), self._before
+        if value is None or before is None:
+            return value is not None
+        return value.data_ptr() != before.data_ptr()  # Lightning gives a new view each time
+
+
 class AwaitedMetrics(pl.Callback):
     """Ends a run whose configuration names a metric that it does not measure: not at its end, but
     after its first validation.
@@ -160,8 +183,15 @@ class AwaitedMetrics(pl.Callback):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._has_validated = True
-        # EarlyStopping asks for its metric now, what is left may be of the training
-        self._refuse_missing(trainer, pl_module, lambda key, name: "val" in name or key == EARLY)
+        # EarlyStopping asks for its metric now or after the epoch, what is left may be of the training
+        asks_later = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1  # type: ignore[attr-defined]
+        self._refuse_missing(
+            trainer,
+            pl_module,
+            lambda key, name: (
+                "val" in name or (key == EARLY and not asks_later and "train" not in name)
+            ),
+        )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._has_validated and not is_overridden("on_train_epoch_end", pl_module):

@@ -128,8 +128,7 @@ class ExactResume(pl.Callback):
             switch_off(self, "on_train_batch_start")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._unfinished.go_on(trainer)
-        self._unfinished.waiting = {}
+        self._unfinished.end(trainer, pl_module)
 
     def note_before_validation(self, trainer: pl.Trainer) -> None:
         """Note the state before a validation draws random numbers, starts workers, or measures."""

@@ -4,7 +4,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import LRSchedulerConfig
-from torch import Tensor
+
+from app.run.metrics import Watched
 
 
 class Due(int):
@@ -23,16 +24,16 @@ class Due(int):
     _of_validation = False
     _is_measured = False
     _has_validated = False
-    _before: Any = None
     _config: LRSchedulerConfig
     _trainer: pl.Trainer
+    _watched: Watched
 
     @classmethod
     def of(cls, config: LRSchedulerConfig, trainer: pl.Trainer) -> "Due":
         """The frequency of a schedule of a trainer."""
         due = cls(config.frequency)
         due._config, due._trainer = config, trainer
-        due.answered = due.now
+        due._watched, due.answered = Watched(str(config.monitor)), due.now
         return due
 
     @property
@@ -60,14 +61,13 @@ class Due(int):
         return self._config.monitor in self._trainer.callback_metrics or not is_awaited
 
     def validates(self) -> None:
-        """Note what is known before a validation."""
-        self._before = self._trainer.callback_metrics.get(str(self._config.monitor))
+        """Note that a validation begins."""
+        self._watched.begin(self._trainer)
 
     def has_validated(self) -> None:
         """Note whether the validation has measured what is monitored."""
         self._has_validated = True
-        value = self._trainer.callback_metrics.get(str(self._config.monitor))
-        if not _is_same(value, self._before):
+        if self._watched.is_measured(self._trainer):
             self._of_validation = self._is_measured = True
 
     def missed(self) -> None:
@@ -141,10 +141,3 @@ class Schedules(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict["due"]
-
-
-def _is_same(value: Any, other: Any) -> bool:
-    """Whether two metrics are one measurement: Lightning makes a new view of it each time."""
-    if isinstance(value, Tensor) and isinstance(other, Tensor):
-        return value.data_ptr() == other.data_ptr()
-    return value is other

@@ -53,7 +53,8 @@ class StopsOnSignal(Listens):
 
     A signal in a validation, or before one that is due, is heeded after a batch of it; the
     checkpoint says that the validation has not begun, and the continued run makes it anew. Not
-    after the last step of `trainer.max_steps`: Lightning would not come back to that validation.
+    after the last step, of `trainer.max_steps` or because the fit is to stop: Lightning would not
+    come back to that validation.
     """
 
     def __init__(self) -> None:
@@ -96,8 +97,8 @@ class StopsOnSignal(Listens):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._num_val_batches += 1
-        is_after_the_last_step = -1 < trainer.max_steps <= trainer.global_step
-        if self._num_val_batches >= self._least_val_batches or is_after_the_last_step:
+        is_at_the_end = trainer.should_stop or -1 < trainer.max_steps <= trainer.global_step
+        if self._num_val_batches >= self._least_val_batches or is_at_the_end:
             return
         if self._is_agreed():
             for callback in trainer.callbacks:  # type: ignore[attr-defined]

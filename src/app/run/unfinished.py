@@ -8,18 +8,21 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+REDUCED = {"mean": torch.mean, "sum": torch.sum, "min": torch.min, "max": torch.max}
+SETTINGS = ("prog_bar", "logger", "on_step", "on_epoch", "add_dataloader_idx", "metric_attribute")
+
 
 class Unfinished:
     """The unfinished measurements of a training epoch, kept in checkpoints and gone on from.
 
-    Lightning keeps neither: the mean over an epoch that was continued would be one over its rest.
-    What a model logs as a number is known again when it logs it the first time after a restore;
-    until then the saved sums wait.
+    Lightning keeps none: the mean over an epoch that was continued would be one over its rest. What
+    a model logs is known to Lightning again when the model logs it the first time after a restore,
+    or else at the end of the epoch; until then it waits here.
     """
 
     def __init__(self) -> None:
-        self.waiting: dict[str, dict[str, Tensor]] = {}
-        """Sums by what Lightning calls them, that are not yet part of its own."""
+        self.waiting: dict[str, dict[str, Any]] = {}
+        """By what Lightning calls it: how it was logged, and, of a number, its sum so far."""
 
     def state(self, trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, Any]:
         """In plain values, of this rank; asked for between two batches, or at an epoch's end."""
@@ -36,12 +39,11 @@ class Unfinished:
             for name, metric in _metrics(model).items()
             if metric.update_called and not (epoch_ends and id(metric) in given)
         }
-        sums = {} if epoch_ends else self.waiting | {
-            key: _copied({name: getattr(one, name) for name in _parts(one)})
-            for key, one in results.items()
-            if one.is_tensor and one.meta.on_epoch and not one.has_reset
+        logged = {} if epoch_ends else self.waiting | {
+            key: _entry(one) for key, one in results.items()
+            if one.meta.on_epoch and not one.has_reset and not one.meta.is_custom_reduction
         }  # fmt: skip
-        return {"metrics": metrics, "sums": sums, "line": _line_due(trainer, results)}
+        return {"metrics": metrics, "logged": logged, "line": _line_due(trainer, results)}
 
     def restore(
         self, trainer: pl.Trainer, model: pl.LightningModule, state: Mapping[str, Any]
@@ -53,7 +55,7 @@ class Unfinished:
             for key, value in _copied(saved["state"], metric.device).items():
                 setattr(metric, key, value)
             metric._update_count = saved["count"]
-        self.waiting = _copied(state["sums"], model.device)
+        self.waiting = _copied(state["logged"], model.device)
         if state["line"]:  # Lightning hands it to the loggers behind the hooks of its batch
             step, line = state["line"]
             for logger in trainer.loggers:
@@ -61,14 +63,35 @@ class Unfinished:
                 logger.save()
 
     def go_on(self, trainer: pl.Trainer) -> None:
-        """Add the saved sums to those that Lightning has begun since."""
+        """Add what waits to what Lightning has begun since."""
         results = _logged(trainer) if self.waiting else {}
         for key in self.waiting.keys() & results.keys():
-            one, saved = results[key], self.waiting.pop(key)
-            one.value = _joined(one.meta, one.value, saved["value"])
-            if one.meta.is_mean_reduction:
-                one.cumulated_batch_size = one.cumulated_batch_size + saved["cumulated_batch_size"]
+            one, sums = results[key], self.waiting.pop(key)["sums"]
+            for name, before in sums.items():
+                now = getattr(one, name)
+                is_extreme = one.meta.is_max_reduction or one.meta.is_min_reduction
+                setattr(one, name, one.meta.reduce_fx(now, before) if is_extreme else now + before)
             one._computed = None
+
+    def end(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        """Let the end of the epoch have also what was not logged again."""
+        self.go_on(trainer)
+        for key, entry in self.waiting.items():
+            is_metric = not entry["sums"]
+            of_model = model.get_submodule(entry["settings"]["metric_attribute"] or "")
+            results: Any = _logged(trainer)
+            results.log(
+                *entry["names"],
+                of_model if is_metric else entry["sums"]["value"],
+                **entry["settings"],
+                **entry["sync"],
+                reduce_fx=REDUCED[entry["reduced"]],
+                sync_dist_fn=trainer.strategy.reduce,
+                batch_size=1,
+            )
+            for name, value in entry["sums"].items():
+                setattr(results[key], name, value)
+        self.waiting = {}
 
 
 def _logged(trainer: pl.Trainer) -> Mapping[str, Any]:
@@ -79,15 +102,17 @@ def _metrics(model: pl.LightningModule) -> dict[str, Metric]:
     return {name: part for name, part in model.named_modules() if isinstance(part, Metric)}
 
 
-def _parts(one: Any) -> tuple[str, ...]:
-    return ("value", "cumulated_batch_size") if one.meta.is_mean_reduction else ("value",)
-
-
-def _joined(meta: Any, now: Tensor, before: Tensor) -> Tensor:
-    if meta.is_max_reduction or meta.is_min_reduction:
-        joined: Tensor = meta.reduce_fx(now, before)
-        return joined
-    return now + before
+def _entry(one: Any) -> dict[str, Any]:
+    meta, names = one.meta, ["value"] if one.is_tensor else []
+    if one.is_tensor and meta.is_mean_reduction:
+        names.append("cumulated_batch_size")
+    return {
+        "names": [meta.fx, meta.name],
+        "settings": {name: getattr(meta, name) for name in SETTINGS},
+        "sync": {"sync_dist": meta.sync.should, "rank_zero_only": meta.sync.rank_zero_only},
+        "reduced": next(kind for kind in REDUCED if getattr(meta, f"is_{kind}_reduction")),
+        "sums": _copied({name: getattr(one, name) for name in names}),
+    }
 
 
 def _copied(value: Any, device: torch.device | None = None) -> Any:
