@@ -330,8 +330,8 @@ RULES: Rules = {
         run.unknown_metric
     ),
     "{run.untold[0]} must be {run.untold[1]} where {run.untold[2]}={run.untold[3]}, a name that "
-    "does not tell which values are better, got null; type {run.untold[0]}={run.untold[4]}": lambda run: (
-        run.untold
+    "does not tell which values are better, got null; type {run.untold[0]}={run.untold[4]}": (
+        lambda run: run.untold
     ),
     "precision=tf32 needs a GPU: trainer.accelerator=cpu has no TF32; use "
     "precision=fp32": lambda run: run.on_cpu and run.precision.matmul == "high",

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from lightning import pytorch as pl
-from test_schedules import BASE, Cut, CutAt, fit
-
 from monitored import FailsInTest
+from test_schedules import BASE, CutAt, fit
 
 from app.errors import Refused
 from app.fit import train
@@ -18,7 +17,8 @@ from app.monitored import mode_of
 from app.process.asked import asked
 from app.record.folder import RunFolder
 from app.run.build import build as built
-from app.run.signals import StopsOnSignal
+from app.run.hooks import switch_on
+from app.run.signals import ASKS, StopsOnSignal
 
 LOWER = ("val_loss", "val/loss", "loss", "val_rmse", "test-WER", "val.ppl", "valid_loss_epoch",
          "val_cer", "FID", "bits/bpc", "val/loss/dataloader_idx_0", "valloss", "error_rate",
@@ -40,7 +40,11 @@ def test_be_monitor_a_name_tells_which_values_are_better(name: str, mode: str | 
 
 
 def test_be_monitor_what_watches_follows_the_checkpoints(checked: Callable[..., Any]) -> None:
-    typed = ("callbacks=early_stopping", "scheduler=plateau", "callbacks.checkpoint.monitor=val_acc")
+    typed = (
+        "callbacks=early_stopping",
+        "scheduler=plateau",
+        "callbacks.checkpoint.monitor=val_acc",
+    )
     plain = checked(*typed).plain
     watching = [plain["callbacks"]["checkpoint"], plain["callbacks"]["early_stopping"],
                 plain["scheduler"]]  # fmt: skip
@@ -140,7 +144,11 @@ def test_be_train_metric_of_ours(checked: Callable[..., Any], typed: tuple[str, 
     run.trainer.fit(run.model, datamodule=run.data)
     best = torch.load(run.checkpoints()["best"], weights_only=True)
     assert best["metrics"]["train_loss"] == min(losses.of_epochs)
-    worse = [i for i in range(1, len(losses.of_epochs)) if losses.of_epochs[i] >= min(losses.of_epochs[:i])]
+    worse = [
+        i
+        for i in range(1, len(losses.of_epochs))
+        if losses.of_epochs[i] >= min(losses.of_epochs[:i])
+    ]
     assert len(losses.of_epochs) == (worse[0] + 1 if worse else 6)
 
 
@@ -161,7 +169,11 @@ def test_be_train_metric_cut_equals_uncut(checked: Callable[..., Any], tmp_path:
     typed = (*BASE, PEAKS, "callbacks.checkpoint.monitor=mean_acc")
     whole = fit(checked(*typed, f"run_dir={tmp_path}/whole"))
     config = checked(*typed, f"run_dir={tmp_path}/cut")
-    for cut in (("on_train_batch_start", 8), ("on_train_epoch_start", 2), ("on_train_batch_end", 12)):
+    for cut in (
+        ("on_train_batch_start", 8),
+        ("on_train_epoch_start", 2),
+        ("on_train_batch_end", 12),
+    ):
         fit(config, CutAt(*cut))
     cut = fit(config)
     one, other = (torch.load(r.checkpoints()["best"], weights_only=True) for r in (whole, cut))
@@ -228,6 +240,9 @@ class Asks(pl.Callback):
     def on_validation_batch_start(self, trainer: Any, *args: Any) -> None:
         if trainer.global_step == 8:
             asked.note(signal.SIGTERM)
+            for callback in trainer.callbacks:
+                if isinstance(callback, StopsOnSignal):
+                    switch_on(callback, *ASKS)
 
 
 def test_be_stop_a_signal_in_the_last_validation(checked: Callable[..., Any]) -> None:

@@ -113,6 +113,20 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
             and _of(lambda: pl.Trainer(**QUIET).fit_loop.epoch_loop, "_results")
         ),
     ),
+    "._schedulers": (
+        "tuner/rates.py",
+        "that a rate found at a milestone reaches schedules that are in others",
+        lambda: _of(
+            lambda: torch.optim.lr_scheduler.ChainedScheduler(
+                [
+                    torch.optim.lr_scheduler.ConstantLR(
+                        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+                    )
+                ]
+            ),
+            "_schedulers",
+        ),
+    ),
     "._step_supports_amp_scaling": (
         "clip.py",
         "that gradients are unscaled before they are clipped, also with a fused optimizer",

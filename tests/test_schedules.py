@@ -156,9 +156,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_sc_plateau_resume_others(
-    checked: Callable[..., Any], tmp_path: Path, case: str
-) -> None:
+def test_sc_plateau_resume_others(checked: Callable[..., Any], tmp_path: Path, case: str) -> None:
     cuts = CUTS
     if "validation" in case:  # a hook after which there is another one in the same epoch
         cuts = tuple(cut for cut in CUTS if "validation" not in cut[0])
@@ -169,7 +167,8 @@ def test_sc_plateau_resume_others(
 
 def test_sc_plateau_resume_of_ours(checked: Callable[..., Any], tmp_path: Path) -> None:
     typed = ("model._target_=scheduled.Plain", "optimizer=sgd", "scheduler=plateau",
-             "scheduler.mode=max", "scheduler.patience=0", "optimizer.lr=0.01", "optimizer.momentum=0")  # fmt: skip
+             "scheduler.mode=max", "scheduler.patience=0", "optimizer.lr=0.01",
+             "optimizer.momentum=0")  # fmt: skip
     equal_after_cuts(checked, tmp_path, *typed)
 
 
@@ -194,7 +193,8 @@ def test_sc_plateau_every_an_update_after_each_validation(
 def test_sc_plateau_every_of_ours(checked: Callable[..., Any]) -> None:
     config = checked(*BASE, "model._target_=scheduled.Plain", "optimizer=sgd", "scheduler=plateau",
                      "scheduler.mode=max", "scheduler.patience=0", "optimizer.lr=0.02",
-                     "optimizer.momentum=0", "trainer.max_epochs=7", "trainer.check_val_every_n_epoch=3")  # fmt: skip
+                     "optimizer.momentum=0", "trainer.max_epochs=7",
+                     "trainer.check_val_every_n_epoch=3")  # fmt: skip
     assert per_epoch(fit(config)) == pytest.approx([0.02] * 6 + [0.01])
 
 

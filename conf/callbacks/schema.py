@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 
-from omegaconf import MISSING
-
 from ..rules import MANY, TEN_YEARS_MIN, count, folder, number, text
 
 AT_THE_ENDS = "for the epochs' ends only type {key}=null"

@@ -5,15 +5,15 @@ import re
 
 from omegaconf import DictConfig, OmegaConf
 
-LOWER = frozenset(
-    "loss error err errors perplexity ppl mse rmse mae mape smape msle rmsle nll ece brier wer cer "
-    "ter eer fid kid lpips bpc bpd bpb fpr fnr logloss crossentropy entropy regret cost".split()
-)
-HIGHER = frozenset(
-    "acc accuracy auc auroc auprc ap map f1 fbeta precision recall sensitivity specificity tpr iou "
-    "miou jaccard dice bleu rouge rougel meteor cider chrf bertscore r2 psnr ssim snr sdr mcc "
-    "kappa mrr ndcg pearson spearman elbo reward return".split()
-)
+LOWER = frozenset(("loss", "error", "err", "errors", "perplexity", "ppl", "mse", "rmse", "mae",
+                   "mape", "smape", "msle", "rmsle", "nll", "ece", "brier", "wer", "cer", "ter",
+                   "eer", "fid", "kid", "lpips", "bpc", "bpd", "bpb", "fpr", "fnr", "logloss",
+                   "crossentropy", "entropy", "regret", "cost"))  # fmt: skip
+HIGHER = frozenset(("acc", "accuracy", "auc", "auroc", "auprc", "ap", "map", "f1", "fbeta",
+                    "precision", "recall", "sensitivity", "specificity", "tpr", "iou", "miou",
+                    "jaccard", "dice", "bleu", "rouge", "rougel", "meteor", "cider", "chrf",
+                    "bertscore", "r2", "psnr", "ssim", "snr", "sdr", "mcc", "kappa", "mrr",
+                    "ndcg", "pearson", "spearman", "elbo", "reward", "return"))  # fmt: skip
 OPPOSITE = frozenset(("neg", "negative", "minus", "inverse"))
 ENDINGS = {"loss": "min", "error": "min", "perplexity": "min", "accuracy": "max", "recall": "max"}
 

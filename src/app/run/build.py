@@ -16,7 +16,7 @@ from app.accumulate import Accumulation
 from app.config import Config, is_single
 from app.data.position import refuse_empty
 from app.errors import Refused
-from app.optim import configure_optimizers
+from app.optim import Schedules, configure_optimizers
 from app.parallel.data_parallel import DataParallel
 from app.parallel.sharded import Sharded
 from app.process.targets import refuse_targets
@@ -27,7 +27,6 @@ from app.run.hooks import DataHooks
 from app.run.measured import Measured, keeper, measured
 from app.run.metrics import AwaitedMetrics, StepMetrics, awaited_metrics
 from app.run.resume import ExactResume
-from app.run.schedules import Schedules
 from app.run.trainer import Trainer
 
 if TYPE_CHECKING:

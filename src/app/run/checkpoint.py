@@ -21,11 +21,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from app.errors import Refused
+from app.optim import Watched, epochs_done
 from app.process.files import replacing, sync_folder
 from app.process.intact import Checked, refuse_damaged
 from app.record.loggers import MetricsCsv
 from app.run.hooks import after_batch
-from app.run.metrics import Watched
 from app.run.resume import ExactResume
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -41,7 +41,9 @@ def plain(value: Any, path: str) -> Any:
         return value
     if isinstance(value, Mapping):
         items = {plain(key, path): plain(value[key], f"{path}.{key}") for key in value}
-        same = type(value) in (dict, OrderedDict, Counter) and all(items[k] is value[k] for k in items)
+        same = type(value) in (dict, OrderedDict, Counter) and all(
+            items[k] is value[k] for k in items
+        )
         return value if same else items
     if isinstance(value, list | tuple | set | frozenset):
         kind = next(kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
@@ -245,8 +247,8 @@ class Checkpoints(Checkpoint):
             self.save(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        progress = trainer.fit_loop.epoch_progress.current
-        progress.completed = progress.processed  # of a fit that had ended Lightning does not do it
+        # of a fit that had ended Lightning does not do it
+        trainer.fit_loop.epoch_progress.current.completed = epochs_done(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -260,9 +262,7 @@ class Checkpoints(Checkpoint):
         if trainer.state.fn == "fit" and checkpoint.get("has_ended"):
             trainer.should_stop = True
 
-    def _judge_epoch(
-        self, trainer: pl.Trainer, model: pl.LightningModule, monitor: str
-    ) -> None:
+    def _judge_epoch(self, trainer: pl.Trainer, model: pl.LightningModule, monitor: str) -> None:
         if monitor in trainer.callback_metrics:
             self._keep_if_best(trainer, monitor)
         elif self._has_validated or not trainer.enable_validation:

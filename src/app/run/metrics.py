@@ -144,29 +144,6 @@ def _csv_files(trainer: pl.Trainer) -> list[MetricsCsv]:
     return [logger for logger in trainer.loggers if isinstance(logger, MetricsCsv)]
 
 
-class Watched:
-    """Tells of a metric whether a validation measures it.
-
-    Args:
-        name: of the metric.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._before: Tensor | None = None
-
-    def begin(self, trainer: pl.Trainer) -> None:
-        """Note what is known before a validation."""
-        self._before = trainer.callback_metrics.get(self._name)
-
-    def is_measured(self, trainer: pl.Trainer) -> bool:
-        """Whether the validation has measured it."""
-        value, before = trainer.callback_metrics.get(self._name), self._before
-        if value is None or before is None:
-            return value is not None
-        return value.data_ptr() != before.data_ptr()  # Lightning gives a new view each time
-
-
 class AwaitedMetrics(pl.Callback):
     """Ends a run whose configuration names a metric that it does not measure: not at its end, but
     after its first validation.
@@ -183,8 +160,8 @@ class AwaitedMetrics(pl.Callback):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._has_validated = True
-        # EarlyStopping asks for its metric now or after the epoch, what is left may be of the training
-        asks_later = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1  # type: ignore[attr-defined]
+        # EarlyStopping asks now, or after the epoch; what is left may be of the training
+        asks_later = (trainer.val_check_interval, trainer.check_val_every_n_epoch) == (1.0, 1)
         self._refuse_missing(
             trainer,
             pl_module,

@@ -19,12 +19,10 @@ from app.tuner.keys import BATCH_SIZE_KEYS, tuned_key
 from app.tuner.lr import range_test
 from app.tuner.lr_rules import suggest
 from app.tuner.plots import draw_batch_size, draw_lr
+from app.tuner.rates import scale_rates
 
 if TYPE_CHECKING:
     from conf.tuner.schema import BatchSize, LearningRate
-
-SCALED = ("lr", "initial_lr", "max_lr", "min_lr")
-"""Entries of a parameter group that schedules compute the learning rate from."""
 
 
 class LrAtMilestones(pl.Callback):
@@ -33,8 +31,8 @@ class LrAtMilestones(pl.Callback):
     Acts in `on_train_epoch_start`. The sweep runs on a throwaway model with the weights, frozen or
     not, and the optimizer state of this moment: the run itself, its averages, its loaders and its
     random state are not touched. One multiplier moves all parameter groups and what schedules
-    compute them from, so that a schedule continues from the new rate. A second model and optimizer
-    are in memory meanwhile.
+    compute them from, so that a schedule continues from the new rate; where one would not, that is
+    said, and nothing changed. A second model and optimizer are in memory meanwhile.
 
     Args:
         config: of the run.
@@ -73,9 +71,15 @@ class LrAtMilestones(pl.Callback):
             say(f"tuner: epoch {epoch}: {found.doubt}")
         if found.lr is None or (found.doubt is not None and settings.on_doubt == "keep"):
             return
+        unscaled = scale_rates(trainer, found.lr / base)
+        if unscaled is not None:
+            say(
+                f"tuner: epoch {epoch}: the learning rate stays {base:.3g}: {unscaled} would not "
+                f"go on from {found.lr:.3g}; for no search type 'tuner.milestones=[]'"
+            )
+            return
         say(f"tuner: epoch {epoch}: learning rate {base:.3g} -> {found.lr:.3g}")
         self.found[epoch] = found.lr
-        scale_rates(trainer, found.lr / base)
 
     def state_dict(self) -> dict[str, Any]:
         return {"found": dict(self.found)}
@@ -152,18 +156,6 @@ class BatchSizeAtMilestones(pl.Callback):
                 f"it as its attribute {name}; type tuner.batch_size=null"
             )
         return owner, name
-
-
-def scale_rates(trainer: pl.Trainer, multiplier: float) -> None:
-    """Multiply the learning rates of all groups, and what their schedules start from."""
-    for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            for name in SCALED:
-                if isinstance(group.get(name), float):
-                    group[name] *= multiplier
-    for config in trainer.lr_scheduler_configs:
-        if hasattr(config.scheduler, "base_lrs"):
-            config.scheduler.base_lrs = [lr * multiplier for lr in config.scheduler.base_lrs]
 
 
 class Transplant(pl.Callback):
