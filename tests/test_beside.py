@@ -551,28 +551,35 @@ def test_be_report_without_checkpoints_nothing_says_that_there_are(
 
 
 class Cut(pl.Callback):
-    """Fails once, when an epoch begins."""
+    """Fails once, when an epoch begins or after the test."""
 
-    at: int | None = None
+    at: int | str | None = None
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.current_epoch == Cut.at:
+    def _fail(self, at: int | str) -> None:
+        if at == Cut.at:
             Cut.at = None
             raise RuntimeError("cut")
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._fail(trainer.current_epoch)
+
+    def on_test_end(self, *args: Any) -> None:
+        self._fail("test")
 
 
 CUT = "+callbacks.cut._target_=test_beside.Cut"
 
 
+@pytest.mark.parametrize("at", [2, "test"])
 @pytest.mark.parametrize("model", [Peaks, EpochAxis, DictLogger])
 def test_be_report_a_run_that_was_cut_and_moved_comes_to_the_same(
-    model: type, composed: Callable[..., DictConfig], tmp_path: Path,
+    model: type, at: int | str, composed: Callable[..., DictConfig], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     typed = (*BEST, CUT, "averaging=ema", f"model._target_=test_beside.{model.__name__}")
     whole = trained(composed, model, *typed)
     (tmp_path / "run").rename(tmp_path / "whole")
-    monkeypatch.setattr(Cut, "at", 2)
+    monkeypatch.setattr(Cut, "at", at)
     with pytest.raises(RuntimeError, match="cut"):
         trained(composed, model, *typed)
     (tmp_path / "run").rename(tmp_path / "moved")

@@ -70,7 +70,7 @@ def test_a_run_leaves_what_it_promises(trained: Callable[..., Any], tmp_path: Pa
     }  # fmt: skip
     assert set(result["metrics"]) == {"train_loss", "val_loss", "val_acc", "test_loss", "test_acc"}
     assert set(result["seconds"]) == {"build", "fit", "test", "curves"}
-    assert all(Path(path).exists() for path in result["checkpoints"].values())
+    assert all((run / path).exists() for path in result["checkpoints"].values())
     assert result["config_hash"]
     assert result["versions"]["torch"] == torch.__version__
 

@@ -48,8 +48,11 @@ class StepMetrics(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._reset()
-            for logger in _csv_files(trainer):
+        for logger in _csv_files(trainer):
+            if stage == "fit":
                 logger.follow(trainer, partial(_next_line, trainer))
+            else:  # also after a fit of which nothing was left
+                logger.begin()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -57,10 +60,6 @@ class StepMetrics(pl.Callback):
         self._every_n_steps = trainer.log_every_n_steps  # type: ignore[attr-defined]
         for logger in _csv_files(trainer):
             logger.begin()
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for logger in _csv_files(trainer):
-            logger.begin()  # nothing was left to train: the line of a test follows
 
     def on_train_batch_end(
         self,
