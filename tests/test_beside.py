@@ -1,9 +1,12 @@
 """What users bring beside ours: models that log as on stock's default logger, names with a slash,
 Lightning's own techniques."""
 
+import copy
 import csv
 import json
+import pickle
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import torchmetrics
@@ -28,15 +32,19 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.axes import Axes
 from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from app.clip import NormClip
+from app.config import check
 from app.errors import Refused
 from app.evaluate import main as evaluate
 from app.fit import objective, run
+from app.process.targets import refuse_targets
+from app.record.loggers import MetricsCsv, NoLogger, read_metrics
 from app.record.names import counterpart, stage_of, stem
 from app.record.result import draw_curves
 from app.record.trials import may_be_reported
@@ -44,6 +52,7 @@ from app.report.__main__ import main as report_command
 from app.report.curves import panels
 from app.report.reading import read_runs
 from app.report.summary import summarize
+from app.run.build import build
 
 THEIR = ("model=custom", "data=custom", "data._target_=test_beside.LitToy", "optimizer=none",
          "trainer.max_epochs=3", "trainer.accelerator=cpu", "trainer.log_every_n_steps=2",
@@ -633,3 +642,76 @@ def test_be_report_a_result_that_only_a_test_measured_says_so(
     report = summarize(tmp_path, read_runs(tmp_path), metric=None, mode=None, baseline=[])
     assert report.metric is not None
     assert report.metric.why.startswith("nothing but the test is measured")
+
+
+def test_be_logger_the_first_is_tensorboards_or_the_users_own(
+    composed: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    mine = ("+logger.mine._target_=lightning.pytorch.loggers.CSVLogger",
+            "+logger.mine.save_dir=${run_dir}/mine")  # fmt: skip
+    for typed, kinds in (
+        (("logger=default",), [TensorBoardLogger, MetricsCsv]),
+        (("logger=default", *mine), [TensorBoardLogger, CSVLogger, MetricsCsv]),
+        (("logger=csv", *mine), [CSVLogger, MetricsCsv]),
+        (("logger=csv",), [MetricsCsv]),
+        (("logger=none",), [NoLogger]),
+    ):
+        target = "model._target_=test_beside.Plain"
+        trainer = build(check(composed(*THEIR, target, *typed)), []).trainer
+        assert [type(logger) for logger in trainer.loggers] == kinds
+        assert trainer.log_dir is not None
+        assert Path(trainer.log_dir).is_relative_to(tmp_path / "run")
+
+
+def test_be_logger_what_metrics_csv_cannot_hold_is_said_once(tmp_path: Path) -> None:
+    logger = MetricsCsv(save_dir=str(tmp_path))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            logger.experiment.add_figure("a", object())
+            logger.log_image(key="a", images=[])
+            logger.log_metrics({"table": torch.zeros(3), "name": "words"}, step=1)
+    assert [str(one.message) for one in said] == [
+        "add_figure: only metrics are kept in metrics.csv, and this is left out; to have it type "
+        "logger=tensorboard",
+        "metrics.csv holds numbers: table, tensor([0., 0., 0.]), is left out",
+        "metrics.csv holds numbers: name, 'words', is left out",
+    ]
+
+
+@pytest.mark.parametrize("step", [-1, 0.5, 10**30, 3.0, torch.tensor(3), np.int64(3), None])
+def test_be_logger_any_step_leaves_a_file_that_is_read(step: Any, tmp_path: Path) -> None:
+    logger = MetricsCsv(save_dir=str(tmp_path))
+    logger.log_metrics({"a": 1.0, "epoch": 0}, step=2)
+    logger.log_metrics({"b": torch.tensor(2.0), "of": {"c": True}, "d": np.float32(1)}, step=step)
+    logger.log_metrics({"a": 2.0, "epoch": 0}, step=4)
+    logger.save()
+    lines = read_metrics(logger.path)
+    assert [line["a"] for line in lines if "a" in line] == [1, 2]
+    assert [(line["b"], line["of/c"], line["d"]) for line in lines if "b" in line] == [(2, 1, 1)]
+
+
+@pytest.mark.parametrize("logger", [NoLogger, MetricsCsv])
+@pytest.mark.filterwarnings("ignore:.*only metrics are kept")
+def test_be_logger_takes_whatever_another_one_takes(logger: Any, tmp_path: Path) -> None:
+    made = copy.deepcopy(pickle.loads(pickle.dumps(logger(save_dir=str(tmp_path)))))
+    made.log_table(key="a", data=[[1]])
+    made.watch(nn.Linear(1, 1))
+    made.experiment.config.update({"a": 1})
+    made.experiment["a"] = made.experiment["b"]
+    made.experiment.log({"a": 1}, step=3)
+    with made.experiment.context() as context:
+        assert list(context) == []
+    assert made[0].experiment is not None
+    assert made.log_dir == made.save_dir == made.root_dir == str(tmp_path)
+    assert not hasattr(made, "_private")
+
+
+def test_be_lightning_the_other_package_of_lightning_is_named(checked: Callable[..., Any]) -> None:
+    config = checked("+callbacks.mine._target_=pytorch_lightning.callbacks.Timer")
+    with pytest.raises(Refused) as refusal:
+        refuse_targets(config.plain)
+    assert str(refusal.value) == (
+        "callbacks.mine._target_ must be a Callback, got pytorch_lightning.callbacks.Timer; import "
+        "lightning.pytorch, not pytorch_lightning, whose classes are others"
+    )

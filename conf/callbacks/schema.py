@@ -5,7 +5,9 @@
 | default        | checkpoints and progress                          |
 | early_stopping | those, and an end when validation improves no more |
 
-Add one with +callbacks.mine._target_=theirs.Callback.
+Add one with +callbacks.mine._target_=theirs.Callback, or in `configure_callbacks` of a model; one
+derived from a class here takes its place there. Lightning's own techniques, such as
+EMAWeightAveraging, are refused: ours would know nothing of them.
 """
 
 from dataclasses import dataclass

@@ -5,6 +5,11 @@
 | default     | metrics.csv, and for TensorBoard where it is installed |
 | csv         | metrics.csv                                            |
 | tensorboard | files for TensorBoard                                  |
+
+A model's `self.logger` is the first that is not ours: TensorBoard's, or one added with
++logger.mine._target_=theirs.Logger. With metrics.csv alone, `self.logger.experiment` takes figures,
+texts and all else, and leaves them out; with logger=none, in a search and in an evaluation, all is
+left out. `trainer.log_dir` is in the run's folder.
 """
 
 from dataclasses import dataclass, field

@@ -149,7 +149,7 @@ class MetricsCsv(NoLogger):
         self._first_step: int | None = None
         self._waits = False
         self._trainer: pl.Trainer | None = None
-        self._num_steps: Callable[[], int] = lambda: 0
+        self._num_steps: Callable[[], int] = int  # 0
         self._left_out: set[str] = set()
 
     @property
@@ -186,7 +186,7 @@ class MetricsCsv(NoLogger):
         if step is None:
             step = self._line.get("step", 0) if self._trainer is None else now
             again = not found.keys().isdisjoint(self._line)
-        elif step not in (now - 1, now) and self._is_users(step):
+        elif self._is_users(step, now):
             again = step != self._line.get("logged_step")
             found["logged_step"], step = float(step), max(0, now - 1)
         if self._line and (again or self._line["step"] != step):
@@ -194,12 +194,14 @@ class MetricsCsv(NoLogger):
         self._line = {**self._line, **found, "step": int(step)}
         self._is_saved = False
 
-    def _is_users(self, step: float) -> bool:
+    def _is_users(self, step: float, now: int) -> bool:
         """Whether a step is none of the trainer's: a model has logged it as a metric, which
         Lightning then takes for the axis, or it is no number of a line."""
         if step != int(step) or not 0 <= step < MOST_STEPS:
             return True
-        logged = None if self._trainer is None else self._trainer.logged_metrics.get("step")
+        if self._trainer is None or step in (now - 1, now):
+            return False
+        logged = self._trainer.logged_metrics.get("step")
         return logged is not None and int(logged) == step
 
     def _numbers(self, metrics: Mapping[str, Any]) -> dict[str, float]:
