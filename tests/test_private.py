@@ -17,6 +17,7 @@ import pytest
 import torch
 import torchmetrics
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +99,11 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         "run/modes.py",
         "that a checkpoint of a validation holds the modes of training",
         lambda: pl.Trainer().validate_loop._module_mode.mode == {},
+    ),
+    "._mode": (
+        "tuner/batches.py",
+        "that of several training loaders the one which ends the epoch bounds the micro-batch",
+        lambda: _of(lambda: CombinedLoader([]), "_mode"),
     ),
     "._non_persistent_buffers_set": (
         "averaging/shadow.py",

@@ -22,10 +22,13 @@ from app.fit import built
 from app.process.asked import asked
 from app.run.build import build
 from app.tuner.answers import cache_key, read_tuned
-from app.tuner.find import find, num_samples
+from app.tuner.batches import num_samples
+from app.tuner.find import find
 from app.tuner.keys import startable
+from app.tuner.keys import typed as in_words
 from app.tuner.lr import range_test
-from app.tuner.probe import is_out_of_memory, longest_first, throwaway
+from app.tuner.probe import is_out_of_memory, longest_first
+from app.tuner.throwaway import Steps, throwaway
 
 THEIRS = ("model=custom", "model._target_=theirs.LitModel", "data=custom",
           "data._target_=theirs.LitData", "optimizer=none", "trainer.max_epochs=2", "logger=csv",
@@ -67,10 +70,10 @@ def test_finders_rng_finders_disk_lr_scheduler_the_run_equals_the_one_with_overr
              "tuner.batch_size.max_val=64", "optimizer=adamw", "logger=csv",
              "callbacks.progress=null")  # fmt: skip
     overrides = found(*typed)
-    assert set(overrides) == {"data.batch_size", "optimizer.lr"}
+    assert set(overrides) == {"data.batch_size", "accumulate.factor", "optimizer.lr"}
     assert not list(tmp_path.rglob("*.ckpt"))
     after = weights_after(check(with_overrides(composed(*typed), overrides)))
-    by_hand = [f"{key}={value}" for key, value in overrides.items()]
+    by_hand = in_words(overrides).split()
     for one, other in zip(after, weights_after(check(composed(*typed, *by_hand))), strict=True):
         assert torch.equal(one, other)
 
@@ -114,6 +117,9 @@ def test_the_cache_key_knows_the_source_of_the_model(
 
 
 class Broken(LitModel):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), self.hparams["lr"])
+
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         raise OSError("no data today")
 
@@ -521,7 +527,7 @@ def test_a_finder_is_stopped_by_our_handler_not_by_one_that_waits_for_other_rank
     notes = NotesHandler()
     with asked.listening():
         ours = signal.getsignal(signal.SIGTERM)
-        run = throwaway(checked(*SMALL), num_steps=1, validates=False, callbacks=[notes])
+        run = throwaway(checked(*SMALL), steps=Steps(1), validates=False, callbacks=[notes])
         run.trainer.fit(run.model, datamodule=run.data)
     assert notes.handler == ours
 

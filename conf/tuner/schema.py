@@ -4,6 +4,15 @@ A finder is a function from a configuration to overrides: it probes throwaway ob
 is built as if the overrides had been typed. Answers are kept in the run's `tuned.yaml` and, by what
 decides them, in `tuner.cache`: a continued run and a sweep do not search again.
 
+A search trains with the techniques and callbacks of the fit; loggers, checkpoints, what ends a fit
+early, and all schedules of the rate, the model's too, are off. A larger batch leaves fewer
+optimizer steps in the same epochs, so that a run tuned to the memory alone often ends below the one
+it came from. `full` therefore keeps the effective batch: the micro-batches are divisors of the
+batch typed, and accumulation makes up for a smaller one. `batch_size` answers the largest that
+fits, for those who ask for just that, and moves the rate with the root of the batch (arXiv
+1404.5997, and for Adam 2205.10287), which errs on the safe side for SGD. What changes is said in a
+line. A key that changes nothing is said, and stays.
+
 | preset     | what it searches                                                   | source      |
 |------------|--------------------------------------------------------------------|-------------|
 | batch_size | the largest micro-batch that fits, or the smallest that is as fast |             |
@@ -34,6 +43,9 @@ SweepMode = StrEnum("SweepMode", "exponential linear")
 LrRule = StrEnum("LrRule", "slope valley minimum steepest")
 """Which learning rate of a curve is the answer."""
 
+Effective = StrEnum("Effective", "keep root ignore")
+"""What becomes of the effective batch where the micro-batch changes."""
+
 OnDoubt = StrEnum("OnDoubt", "keep use")
 """What to do where the curve gives no clear answer."""
 
@@ -50,6 +62,9 @@ class BatchSize:
     bisects."""
     goal: Goal = MISSING
     """largest, or fastest: the smallest within 3 % of the most samples per second."""
+    effective: Effective = MISSING
+    """keep = micro-batch x accumulation stays the batch typed, root = the learning rate moves with
+    the root of the batch where no finder of it follows, ignore = only the micro-batch changes."""
     init_val: int = count(instead="type {key}=1")
     """First size tried, >= 1."""
     max_val: int | None = count(instead="type {key}=1")

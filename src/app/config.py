@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -134,10 +135,18 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
+FACTOR = "accumulate.factor"
+"""The key with which a finder keeps the effective batch: it switches accumulation on."""
+
+
 def with_overrides(cfg: DictConfig, overrides: Mapping[str, Any]) -> DictConfig:
     """A copy of a composed configuration with other values of dotted keys."""
     found = copy.deepcopy(cfg)  # with its type, whose rules are checked
     for key, value in overrides.items():
+        if key == FACTOR and found.accumulate is None:
+            schemas = ConfigStore.instance().repo["schema"]["accumulate"]
+            found.accumulate = copy.deepcopy(schemas["constant.yaml"].node)
+            found.accumulate.weight_by = None
         OmegaConf.update(found, key, value, force_add=True)
     return found
 

@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import types
 from collections.abc import Collection, Iterator, Mapping
+from importlib.util import resolve_name
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -181,7 +182,12 @@ def sources(modules: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
         module, package = sys.modules.get(name), name.partition(".")[0]
         path = getattr(module, "__file__", None) or ""
         is_asked = name in modules
-        if name in found or not path.endswith(".py") or (package == OURS and not is_asked):
+        if (
+            name in found
+            or module is None
+            or not path.endswith(".py")
+            or (package == OURS and not is_asked)
+        ):
             continue
         if INSTALLED.search(path) and not is_asked:
             versions[package] = str(getattr(sys.modules[package], "__version__", ""))
@@ -192,7 +198,22 @@ def sources(modules: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
                 waiting.append(value.__name__)
             elif isinstance(value, type) or inspect.isroutine(value):
                 waiting.append(str(value.__module__))
+        waiting += _imports(found[name], str(module.__package__))
     return found, versions
+
+
+def _imports(source: str, package: str) -> Iterator[str]:
+    """The modules that a source imports while it is imported itself, also for a number in them."""
+    nodes: list[ast.AST] = [ast.parse(source)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            nodes += ast.iter_child_nodes(node)
 
 
 def _named(config: Any, data: pl.LightningDataModule) -> Iterator[str]:

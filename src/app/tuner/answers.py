@@ -2,27 +2,32 @@
 
 import fcntl
 import hashlib
-import inspect
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from app.config import Config, what_decides
+from app.config import Config, movable, what_decides
 from app.errors import Refused, Unreadable
 from app.process.files import read_yaml, write_atomically
+from app.process.targets import located, named_in
 from app.record.folder import RunFolder
+from app.sharing.key import sources
 from app.tuner.keys import tunable
 
 NAME = "tuned.yaml"
 DECIDING = ("model", "data", "optimizer", "accumulate", "clip", "averaging", "strategy",
-            "precision", "memory", "compile", "tuner")  # fmt: skip
+            "precision", "memory", "compile", "callbacks", "tuner")  # fmt: skip
 """Groups whose settings decide what a finder answers. Not the schedule, which is built from the
 answer, and not the seed, so that a sweep over seeds searches once."""
+
+OF_TRAINER = ("threads", "devices", "num_nodes", "limit_train_batches")
+OF_CALLBACKS = ("checkpoint", "early_stopping", "progress")
+"""Callbacks that are not in a search."""
 
 
 def read_tuned(path: Path) -> dict[str, Any]:
@@ -80,15 +85,37 @@ def write_tuned(path: Path, overrides: Mapping[str, Any], provenance: Mapping[st
 
 
 def cache_key(config: Mapping[str, Any], *, device: str) -> str:
-    """Of everything that decides the answers: settings, the user's source, versions, device."""
+    """Of everything that decides the answers: settings, the user's source, versions, device.
+
+    The source is that of the modules whose classes the settings name, and of those they import;
+    of what is installed, the version; of a file that a setting names, size and time. What is
+    imported inside of a function is not followed, nor are files that only the source names.
+    """
+    chosen = {group: config[group] for group in DECIDING if config[group] is not None}
+    if "callbacks" in chosen:
+        named = chosen["callbacks"].items()
+        chosen["callbacks"] = {name: one for name, one in named if name not in OF_CALLBACKS}
+    found = (located("", name) for name in named_in(chosen))
+    modules = {str(getattr(one, "__module__", None)) for one in found}
     decides = {
-        **{group: config[group] for group in DECIDING},
-        **{key: config["trainer"][key] for key in ("threads", "devices", "num_nodes")},
-        "source": [_source(config[group]["_target_"]) for group in ("model", "data")],
+        **movable({**chosen, "run_dir": config["run_dir"]}),
+        **{key: config["trainer"][key] for key in OF_TRAINER},
+        "source": sources(modules),
+        "files": [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns]
+                  for path in sorted(_files(chosen))],
         "device": device,
-    }
+    }  # fmt: skip
     text = json.dumps(decides, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _files(value: Any) -> Iterator[str]:
+    """The files that settings name."""
+    if isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _files(item)
+    elif isinstance(value, str) and os.path.isfile(value):
+        yield value
 
 
 @contextmanager
@@ -98,12 +125,3 @@ def searching(path: Path) -> Iterator[None]:
     with path.with_suffix(".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _source(target: str) -> str:
-    """A digest of the module that a class stands in: an answer does not outlive its model."""
-    module = import_module(target.rpartition(".")[0])
-    try:
-        return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
-    except (OSError, TypeError):
-        return ""

@@ -7,22 +7,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from app.config import Config
 from app.errors import Refused
 from app.process.files import write_atomically
 from app.process.ranks import ranks
-from app.run.build import build_model_and_data, holds_whole_model
+from app.run.build import holds_whole_model
 from app.tuner.answers import NAME, cache_key, read_tuned, searching, write_tuned
+from app.tuner.batches import LARGEST, Given, given, largest_allowed, made_up_for
 from app.tuner.keys import (
     BATCH_SIZE_KEYS,
     EVAL_BATCH_SIZE_KEYS,
     LR_KEYS,
-    shares,
     tuned_key,
     typed,
     value_at,
@@ -30,14 +27,11 @@ from app.tuner.keys import (
 from app.tuner.lr import range_test
 from app.tuner.lr_rules import suggest
 from app.tuner.plots import draw_batch_size, draw_lr
-from app.tuner.probe import Prober, try_evaluation, try_fit
-from app.tuner.search import Answer, Trial, search_batch_size
+from app.tuner.probe import Attempt, Prober, try_evaluation
+from app.tuner.search import Answer, NoEffect, Trial, search_batch_size
 
 if TYPE_CHECKING:
     from conf.tuner.schema import BatchSize
-
-LARGEST = 8192
-"""Where a search ends that neither a key nor the data bounds."""
 
 
 def find(config: Config, folder: Path) -> dict[str, Any]:
@@ -109,43 +103,55 @@ Finding = tuple[dict[str, Any], dict[str, Any], bool]
 
 
 def find_batch_size(config: Config, folder: Path) -> Finding:
-    """The micro-batch; nothing where its finder is off."""
+    """The micro-batch, and what goes with it; nothing where its finder is off, or the key is."""
     assert config.tuner is not None
-    if config.tuner.batch_size is None:
+    settings = config.tuner.batch_size
+    if settings is None:
         return {}, {}, True
     key = tuned_key(
         config.plain,
-        chosen=config.tuner.batch_size.key,
+        chosen=settings.key,
         candidates=BATCH_SIZE_KEYS,
         setting="tuner.batch_size.key",
     )
-    answer, reason = batch_size_of(config, key=key)
+    try:
+        answer, reason, about = batch_size_of(config, key=key)
+    except NoEffect as refusal:
+        say(f"tuner: {refusal}; it stays")
+        return {}, {"batch_size": {"trials": 0, "reason": str(refusal)}}, True
     say(f"tuner: {key}={answer.size}: {reason}")
+    others, said = made_up_for(config, settings, about, key=key, size=answer.size)
+    if said:
+        say(f"tuner: {said}")
     if ranks().is_first:
         draw_batch_size(answer, key=key, path=folder / "batch_size")
-    about = {"batch_size": {"trials": len(answer.trials), "reason": reason}}
-    return {key: answer.size}, about, answer.complete
+    provenance = {"trials": len(answer.trials), "reason": reason, "changes": said}
+    return {key: answer.size, **others}, {"batch_size": provenance}, answer.complete
 
 
-def batch_size_of(config: Config, *, key: str) -> tuple[Answer, str]:
-    """Search the micro-batch of a checked configuration; returns the answer and why it is that."""
+def batch_size_of(config: Config, *, key: str) -> tuple[Answer, str, Given]:
+    """Search the micro-batch of a checked configuration; returns the answer and why it is that.
+
+    Raises NoEffect where the loaders do not heed the key.
+    """
     assert config.tuner is not None
     settings = config.tuner.batch_size
     assert settings is not None
-    bound, why = largest_allowed(config, settings)
-    target = value_at(config.plain, "accumulate.batch_size")
+    about = given(config, settings, key=key)
+    bound, why = largest_allowed(config, settings, about, key=key)
+    attempt = Attempt(
+        lambda size: config.changed({key: size}), key=key, num_steps=settings.steps_per_trial
+    )
     answer = search(
-        lambda size: try_fit(
-            config.changed({key: size}), size=size, num_steps=settings.steps_per_trial
-        ),
+        attempt,
         settings=settings,
         key=key,
         bound=bound,
-        divisors_of=None if target is None else target // (shares(config.plain) or 1),
+        divisors_of=about.total,
         on_gpu=device_name(config) != "cpu",
         provoke=holds_whole_model(config),
     )
-    return answer, why if answer.size == bound else answer.reason
+    return answer, why if answer.size == bound else answer.reason, about
 
 
 def find_eval_batch_size(config: Config, settings: Any, *, stage: str) -> dict[str, Any]:
@@ -197,7 +203,7 @@ def search(
         trial = prober(size)
         rate = "" if trial.samples_per_s is None else f"  {trial.samples_per_s:,.0f} samples/s"
         memory = "" if trial.peak_bytes is None else f"  {trial.peak_bytes / 2**30:.2f} GiB"
-        fits = "fits" if trial.fits else "does not fit"
+        fits = "fits" if trial.fits else f"does not fit{prober.reason}"
         say(f"tuner: {key}={size} {fits}{memory}{rate}")
         return trial
 
@@ -216,42 +222,10 @@ def search(
     )
 
 
-def largest_allowed(config: Config, settings: "BatchSize") -> tuple[int, str]:
-    """The largest micro-batch that is allowed, and why."""
-    bounds = []
-    if settings.max_val is not None:
-        bounds.append((settings.max_val, "tuner.batch_size.max_val is reached"))
-    samples = num_samples(config)
-    if samples is not None:
-        size = max(1, samples // (settings.min_batches * (shares(config.plain) or 1)))
-        bounds.append(
-            (
-                size,
-                f"the data set has {samples} samples, and an epoch at least "
-                f"tuner.batch_size.min_batches={settings.min_batches} micro-batches",
-            )
-        )
-    return min(bounds, default=(LARGEST, f"a search without a bound ends at {LARGEST}"))
-
-
-def num_samples(config: Config) -> int | None:
-    """Samples of the largest training data set; None where it has no length."""
-    model, data = build_model_and_data(config)
-    source: pl.LightningDataModule | pl.LightningModule = model
-    if is_overridden("train_dataloader", data, pl.LightningDataModule):
-        source = data
-    data.prepare_data()
-    data.setup("fit")
-    loaders = source.train_dataloader()
-    if not isinstance(loaders, CombinedLoader):
-        loaders = CombinedLoader(loaders, "max_size_cycle")
-    lengths = []
-    for loader in loaders.flattened:
-        try:
-            lengths.append(len(loader.dataset))
-        except (AttributeError, TypeError):
-            return None
-    return max(lengths)
+def is_torchs(config: Config, key: str) -> bool:
+    """Whether a key is the rate of an optimizer of torch's, which is known to follow it."""
+    optimizer = config.plain["optimizer"] or {}
+    return key == "optimizer.lr" and str(optimizer.get("_target_", "")).startswith("torch.optim.")
 
 
 def find_lr(config: Config, folder: Path) -> Finding:
@@ -266,14 +240,22 @@ def find_lr(config: Config, folder: Path) -> Finding:
     about: dict[str, Any] = {}
     for position, candidate in enumerate(chosen if several else [chosen]):
         key = tuned_key(config.plain, chosen=candidate, candidates=LR_KEYS, setting="tuner.lr.key")
-        lrs, losses, complete = range_test(
-            config,
-            settings=settings,
-            base=float(value_at(config.plain, key)),
-            optimizer=position if several else None,
-            from_now=False,
-            callbacks=[],
-        )
+        base = float(value_at(config.plain, key))
+        if base <= 0:
+            raise Refused(f"{key} must be above 0 to be searched, got {base:g}; type {key}=0.1")
+        try:
+            lrs, losses, complete = range_test(
+                config,
+                settings=settings,
+                base=base,
+                optimizer=position if several else None,
+                from_now=False,
+                callbacks=[],
+                key=key if settings.on_doubt == "keep" and not is_torchs(config, key) else None,
+            )
+        except NoEffect as refusal:
+            say(f"tuner: {refusal}; it stays")
+            continue
         found = suggest(lrs, losses, rule=settings.rule.value)
         name = f"lr_find_{position}" if several else "lr_find"
         if ranks().is_first:

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from app.config import Config, with_overrides
+from app.config import FACTOR, Config, with_overrides
 from app.errors import Refused
 from app.parallel.sizes import data_parallel_size
 
@@ -53,6 +53,7 @@ def tunable(config: Config) -> set[str]:
         (config.tuner.lr, LR_KEYS),
     ):
         if finder is not None:
+            found |= {FACTOR, *LR_KEYS}  # by which the batch is made up for
             chosen = finder.key
             found |= set(
                 candidates if chosen is None else [chosen] if isinstance(chosen, str) else chosen
@@ -67,6 +68,8 @@ def startable(cfg: DictConfig) -> DictConfig:
     """
     if cfg.tuner is None or cfg.tuner.batch_size is None or cfg.accumulate is None:
         return cfg
+    if "micro_batch_size" not in cfg.accumulate:
+        return cfg  # a class of the user's
     target = cfg.accumulate.get("batch_size")
     key = cfg.tuner.batch_size.key or BATCH_SIZE_KEYS[0]
     size = OmegaConf.select(cfg, key)
@@ -91,4 +94,5 @@ def shares(config: Any) -> int | None:
 
 def typed(overrides: Mapping[str, Any]) -> str:
     """The overrides as one types them."""
-    return " ".join(f"{key}={value}" for key, value in overrides.items())
+    on = {FACTOR: "accumulate=constant "}
+    return " ".join(f"{on.get(key, '')}{key}={value}" for key, value in overrides.items())

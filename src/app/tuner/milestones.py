@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.optim import Optimizer
 
 from app.accumulate import EffectiveBatch
 from app.config import Config
@@ -59,7 +58,7 @@ class LrAtMilestones(pl.Callback):
                 base=base,
                 optimizer=None,
                 from_now=True,
-                callbacks=[Transplant(pl_module, trainer.optimizers)],
+                callbacks=[Transplant(trainer, pl_module)],
             )
         if not complete:
             raise KeyboardInterrupt
@@ -119,7 +118,7 @@ class BatchSizeAtMilestones(pl.Callback):
         if epoch not in self._epochs:
             return
         with isolate_rng():
-            answer, reason = batch_size_of(self._config, key=self._key)
+            answer, reason, _ = batch_size_of(self._config, key=self._key)
         if not answer.complete:
             raise KeyboardInterrupt
         say(f"tuner: epoch {epoch}: {self._key}={answer.size}: {reason}")
@@ -159,13 +158,17 @@ class BatchSizeAtMilestones(pl.Callback):
 
 
 class Transplant(pl.Callback):
-    """Gives a throwaway run the weights, the frozen state and the optimizer state of another."""
+    """Gives a throwaway run the weights, the frozen state and the optimizer state of another, and
+    its epoch: callbacks freeze by it."""
 
-    def __init__(self, model: pl.LightningModule, optimizers: list[Optimizer]) -> None:
+    def __init__(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        self._epoch = trainer.current_epoch
         self._model = model
-        self._optimizers = optimizers
+        self._optimizers = trainer.optimizers
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        epochs.completed = epochs.processed = self._epoch
         pl_module.load_state_dict(self._model.state_dict())
         mine = dict(pl_module.named_parameters())
         names = {parameter: name for name, parameter in self._model.named_parameters()}

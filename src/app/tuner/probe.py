@@ -1,36 +1,26 @@
-"""A throwaway run: what the fit will run, for a few optimizer steps, without a trace.
+"""Probes of the micro-batch: throwaway runs with an evaluation step at their end."""
 
-A probe of the micro-batch is one, with an evaluation step at its end.
-"""
-
-import gc
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import BatchSampler, DataLoader
 
-from app.accumulate import Accumulation
-from app.averaging import Averaging
 from app.config import SINGLE, Config, is_single
 from app.parallel.split import rebuilt
 from app.process.ranks import ranks
-from app.run.build import (
-    Run,
-    build,
-    build_model_and_data,
-    build_techniques,
-    build_trainer,
-    holds_whole_model,
-)
-from app.run.signals import Listens
+from app.record.silent import Silent
+from app.run.build import build_model_and_data, build_trainer, holds_whole_model
 from app.tuner.keys import shares
-from app.tuner.search import Trial
+from app.tuner.search import NoEffect, Trial
+from app.tuner.throwaway import Steps, fit, release_memory, throwaway
 
 OUT_OF_MEMORY = (
     "out of memory",  # CUDA, HIP (ROCm), XPU, MPS
@@ -52,69 +42,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def throwaway(
-    config: Config,
-    *,
-    num_steps: int,
-    validates: bool,
-    callbacks: Sequence[pl.Callback],
-    num_ranks: int | None = None,
-    served: Callable[[Any], Any] | None = None,
-) -> Run:
-    """Build a run of `num_steps` optimizer steps that leaves no file.
-
-    The techniques are those of the fit; an average starts at once, for its memory counts, and an
-    accumulation schedule stays at its first factor. Loggers, checkpoints, the callbacks of the
-    configuration and its schedule of the learning rate are off.
-
-    Args:
-        validates: whether an evaluation step follows the last optimizer step.
-        num_ranks: ranks whose accumulation this one stands for; None: as many as there are.
-        served: of `build`.
-    """
-    techniques = build_techniques(config)
-    for technique in techniques:
-        if isinstance(technique, Averaging):
-            technique.begin_at_once()
-        if isinstance(technique, Accumulation):
-            technique.stay_as_begun(num_ranks=num_ranks)
-    changed = config.but(
-        scheduler=None,
-        tuner=None,
-        sharing=None,  # each size would be a copy of its own
-        logger=None,
-        callbacks=None,
-        trainer={
-            "max_epochs": None,
-            "max_steps": num_steps,
-            "max_minutes": None,
-            "limit_train_batches": None,
-            "limit_val_batches": 1 if validates else 0,
-            "val_check_interval": 1.0,
-            "check_val_every_n_epoch": 1,
-            "num_sanity_val_steps": 0,
-        },
-    )
-    ends = [EndsEpoch(num_steps)] if validates else []
-    return build(changed, [*callbacks, *ends, Listens()], techniques=techniques, served=served)
-
-
-def fit(run: Run) -> None:
-    """Fit a throwaway run. Raises KeyboardInterrupt at Ctrl-C, which Lightning makes an exit."""
-    try:
-        run.trainer.fit(run.model, datamodule=run.data)
-    except SystemExit as stop:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from now on
-        raise KeyboardInterrupt from stop
-
-
-def release_memory() -> None:
-    """Give the memory of a throwaway run that nobody holds any more back to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def of_all_ranks(trial: Trial) -> Trial:
     """What the ranks found together: the answer of the one with the least memory.
 
@@ -134,9 +61,9 @@ def of_all_ranks(trial: Trial) -> Trial:
 
 
 class Prober:
-    """Tries one micro-batch size after another; only running out of memory means it does not fit.
+    """Tries one micro-batch size after another.
 
-    Any other error is raised.
+    One does not fit where memory runs out, or nothing was trained; any other error is raised.
 
     Args:
         attempt: runs a size and returns its samples per second; None where that is not measured.
@@ -149,18 +76,21 @@ class Prober:
     ) -> None:
         self._attempt = attempt
         self._on_gpu = on_gpu
+        self.reason = ""
         self.capacity_bytes: int | None = None
         if on_gpu:
             self.capacity_bytes = int(torch.cuda.mem_get_info()[1] * memory_fraction)
 
     def __call__(self, size: int) -> Trial:
         """Try one size."""
-        rate, peak = None, None
+        rate, peak, self.reason = None, None, ""
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
         try:
             rate = self._attempt(size)
             fits = True
+        except Untrained as reason:
+            self.reason, fits = f": {reason}", False
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -172,69 +102,103 @@ class Prober:
         return of_all_ranks(Trial(size=size, fits=fits, peak_bytes=peak, samples_per_s=rate))
 
 
-def try_fit(config: Config, *, size: int, num_steps: int) -> float | None:
-    """Run what the fit will run at this micro-batch; returns the samples per second.
+class Untrained(Exception):  # noqa: N818  # reads as the sentence it is
+    """A micro-batch has not fitted, for another reason than memory: nothing was trained with it."""
 
-    `num_steps` optimizer steps, >= 2, with their whole accumulation windows, clipping and
-    averaging, then an evaluation step. Of several ranks with whole models each tries by itself.
+
+class Attempt:
+    """Runs what the fit will run, at one micro-batch after another.
+
+    Some optimizer steps with their whole accumulation windows, clipping and averaging, then an
+    evaluation step. Of several ranks with whole models each tries by itself.
+
+    Args:
+        changed: the configuration with a micro-batch.
+        num_steps: optimizer steps, >= 2: the second one has the optimizer's state.
+
+    Raises:
+        Untrained: where the loader serves nothing, or what it has served for a smaller size.
+        NoEffect: where it serves the same, whatever the size.
     """
-    timer = StepTimer()
-    num_ranks = None
-    if not is_single(config.strategy) and holds_whole_model(config):
-        num_ranks = shares(config.plain)
-        config = config.but(strategy={"_target_": SINGLE})  # whose memory is the same
-    run = throwaway(
-        config,
-        num_steps=num_steps,
-        validates=True,
-        callbacks=[timer],
-        num_ranks=num_ranks,
-        served=longest_first_of_all,
-    )
-    fit(run)
-    return size * timer.num_batches / timer.seconds if timer.seconds > 0 else None
+
+    def __init__(self, changed: Callable[[int], Config], *, key: str, num_steps: int) -> None:
+        self._changed = changed
+        self._key = key
+        self._num_steps = num_steps
+        self._served: dict[int, list[list[int]]] = {}
+
+    def __call__(self, size: int) -> float | None:
+        """Run a size; returns its samples per second."""
+        config, num_ranks = self._changed(size), None
+        if not is_single(config.strategy) and holds_whole_model(config):
+            num_ranks = shares(config.plain)
+            config = config.but(strategy={"_target_": SINGLE})  # whose memory is the same
+        timer = StepTimer(self._num_steps)
+        fit(
+            throwaway(
+                config,
+                steps=timer,
+                validates=True,
+                num_ranks=num_ranks,
+                served=longest_first_of_all,
+            )
+        )
+        if timer.num_steps == 0:
+            raise Untrained("no batch is served")
+        if timer.shapes is not None:
+            self._compare(size, timer.shapes)
+        return size * timer.num_timed / timer.seconds if timer.seconds > 0 else None
+
+    def _compare(self, size: int, shapes: list[list[int]]) -> None:
+        alike = [other for other, served in self._served.items() if served == shapes]
+        self._served[size] = shapes
+        if not alike:
+            return
+        if len(alike) == len(self._served) - 1:
+            raise NoEffect(
+                f"{self._key} has no effect: the first batch is the same at {size} and at "
+                f"{alike[0]}; type tuner.batch_size.key=KEY, or let the loader heed it"
+            )
+        if min(alike) < size:
+            raise Untrained(f"no more is served than at {min(alike)}")
 
 
 def try_evaluation(config: Config, *, stage: str) -> None:
     """Run one batch of an evaluation: test, validate or predict."""
     model, data = build_model_and_data(config)
-    trainer = build_trainer(config, callbacks=[], loggers=[])
-    trainer.limit_test_batches = trainer.limit_val_batches = trainer.limit_predict_batches = 1
-    if stage == "predict":
-        trainer.predict(model, datamodule=data)
-    elif stage == "test":
-        trainer.test(model, datamodule=data, verbose=False)
-    else:
-        trainer.validate(model, datamodule=data, verbose=False)
+    with TemporaryDirectory() as folder:
+        trainer = build_trainer(config, callbacks=[], loggers=[Silent(Path(folder))])
+        trainer.limit_test_batches = trainer.limit_val_batches = trainer.limit_predict_batches = 1
+        if stage == "predict":
+            trainer.predict(model, datamodule=data)
+        elif stage == "test":
+            trainer.test(model, datamodule=data, verbose=False)
+        else:
+            trainer.validate(model, datamodule=data, verbose=False)
 
 
-class EndsEpoch(pl.Callback):
-    """Ends the epoch, and with it the fit, after so many optimizer steps: a validation follows."""
+class StepTimer(Steps):
+    """Measures the micro-batches after the first optimizer step, which warms up, and notes what the
+    first one holds."""
 
-    def __init__(self, num_steps: int) -> None:
-        self._num_steps = num_steps
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step >= self._num_steps:
-            trainer.should_stop = True
-
-
-class StepTimer(pl.Callback):
-    """Measures the micro-batches after the first optimizer step, which warms up."""
-
-    def __init__(self) -> None:
+    def __init__(self, enough: float) -> None:
+        super().__init__(enough)
         self.seconds = 0.0
-        self.num_batches = 0
+        self.num_timed = 0
+        self.shapes: list[list[int]] | None = None
         self._since = 0.0
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step > 0:
+        if self.num_batches == 0:
+            self.shapes = shapes_of(args[1])
+        if self.num_steps > 0:
             self._since = _now(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        super().on_train_batch_end(trainer, *args)
         if self._since > 0:
             self.seconds += _now(trainer) - self._since
-            self.num_batches += 1
+            self.num_timed += 1
             self._since = 0.0
 
 
@@ -246,32 +210,62 @@ def _now(trainer: pl.Trainer) -> float:
 
 def longest_first_of_all(loaders: Any) -> Any:
     """Training loaders that serve the longest samples first, where lengths differ: the worst."""
-    return tree_map(lambda one: longest_first(one) if type(one) is DataLoader else one, loaders)
+
+    def one(loader: Any) -> Any:
+        return longest_first(loader) if type(loader) is DataLoader else loader
+
+    if isinstance(loaders, CombinedLoader):
+        loaders.flattened = [one(loader) for loader in loaders.flattened]
+        return loaders
+    return tree_map(one, loaders)
 
 
 def longest_first(loader: DataLoader[Any], *, limit_s: float = 2.0) -> DataLoader[Any]:
-    """A loader whose every batch is of the longest samples; the same one where all are alike.
+    """A loader whose every batch is of the longest samples; the same one where all are alike, or
+    where it draws no batches of `batch_size` samples.
 
-    Looks at samples for `limit_s` seconds.
+    Looks for `limit_s` seconds at the samples that its sampler draws.
     """
+    if type(loader.batch_sampler) is not BatchSampler:
+        return loader
     until = time.monotonic() + limit_s
     lengths = []
-    for index in range(len(loader.dataset)):  # type: ignore[arg-type]
-        lengths.append(num_elements(loader.dataset[index]))
+    for index in loader.sampler:
+        lengths.append((num_elements(loader.dataset[index]), index))
         if time.monotonic() > until:
             break
-    if loader.batch_size is None or min(lengths) == max(lengths):
+    lengths.sort(key=lambda found: -found[0])
+    if not lengths or lengths[0][0] == lengths[-1][0]:
         return loader
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    return rebuilt(loader, batch_sampler=[order[: loader.batch_size]] * len(loader))
+    longest = [index for _, index in lengths[: loader.batch_size]]
+    return rebuilt(loader, batch_sampler=[longest] * len(loader))
+
+
+def shapes_of(batch: Any) -> list[list[int]] | None:
+    """The shapes of all that a batch holds; None where it holds an object that does not tell."""
+    found: list[list[int]] = []
+    for leaf in tree_leaves(batch):
+        inner = shapes_of(vars(leaf)) if is_dataclass(leaf) else None
+        if inner is not None:
+            found += inner
+        elif hasattr(leaf, "shape"):
+            found.append([int(size) for size in leaf.shape])
+        elif leaf is None or isinstance(leaf, int | float | str | bytes):
+            found.append([])
+        else:
+            return None
+    return found
 
 
 def num_elements(sample: Any) -> int:
     """Numbers in all tensors and sequences of a sample."""
     if isinstance(sample, torch.Tensor):
         return sample.numel()
+    if isinstance(sample, str | bytes):
+        return len(sample)
     if isinstance(sample, Mapping):
         return sum(num_elements(value) for value in sample.values())
     if isinstance(sample, Sequence):
         return sum(num_elements(value) for value in sample)
-    return int(getattr(sample, "size", 1))
+    size = getattr(sample, "size", 1)
+    return size if isinstance(size, int) else 1

@@ -25,6 +25,10 @@ NEAR_BEST = 0.97  # of the best speed
 NUM_HALVINGS = 3  # below the largest size, in search of a faster one
 
 
+class NoEffect(Refused):
+    """A key that a finder was to tune changes nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """What one size did.

@@ -1,0 +1,269 @@
+"""A throwaway run: what the fit will run, as long as a search lets it, without a trace."""
+
+import gc
+import shutil
+import signal
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import callbacks as theirs
+from torch.optim import Optimizer
+
+from app.accumulate import Accumulation
+from app.averaging import Averaging
+from app.config import Config
+from app.errors import Refused
+from app.record.silent import Silent
+from app.run.build import Run, build, build_callbacks, build_techniques
+from app.run.progress import EpochLines
+from app.run.signals import Listens
+from app.run.trainer import Trainer
+
+OURS = ("checkpoint", "early_stopping", "progress")
+"""Callbacks of the configuration that no search needs, by their names."""
+
+LEFT_OUT = (theirs.Checkpoint, theirs.ProgressBar, theirs.ModelSummary, theirs.EarlyStopping,
+            theirs.Timer, EpochLines)  # fmt: skip
+"""Callbacks that save, draw, or end a fit; all others act in a search as in the fit."""
+
+MOST_BATCHES = 1000
+"""Micro-batches after which an optimizer step must have come."""
+
+ROUNDS = 10
+"""Times the steps that are enough, after which an optimizer that steps rarely is waited for no
+longer."""
+
+
+class ThrowawayTrainer(Trainer):
+    """The trainer of a search: it shows a model the limits of the fit, and only `end` ends it.
+
+    What a model writes into its folders is deleted with it.
+
+    Args:
+        max_epochs, max_steps: of the fit: shown, not heeded.
+        max_minutes: of the fit: so long a search may take.
+        The others are the Trainer's.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_epochs: int | None,
+        max_steps: int | None,
+        max_minutes: float | None,
+        **settings: Any,
+    ) -> None:
+        self._is_over = False
+        self._shown_epochs = -1 if max_epochs is None else max_epochs
+        self._shown_steps = -1 if max_steps is None else max_steps
+        self.until = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        folder = mkdtemp()
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        limits: Any = {"max_epochs": None, "max_steps": None, "max_minutes": None}
+        own = {"run_dir": Path(folder), "loggers": [Silent(Path(folder))]}
+        super().__init__(**limits, **(settings | own))
+
+    @property
+    def max_epochs(self) -> int:
+        return self._shown_epochs
+
+    @property
+    def max_steps(self) -> int:
+        return self._shown_steps
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the search has ended the run: early stopping and pruning do not."""
+        return self._is_over
+
+    @should_stop.setter
+    def should_stop(self, value: bool) -> None:
+        """Nothing: a callback, or the model, would end the fit."""
+
+    def end(self) -> None:
+        """End the run after the micro-batch."""
+        self._is_over = True
+
+
+class Steps(pl.Callback):
+    """Counts the steps that the optimizers themselves make, and ends the run when they are enough.
+
+    They are counted also where Lightning sees none (`use_pl_optimizer=False`). The model's own
+    schedules stand still. An epoch without a micro-batch ends the run as well.
+
+    Args:
+        enough: micro-batches with a step, >= 1, of each optimizer.
+
+    Attributes:
+        num_batches: micro-batches so far.
+        num_steps: those of them on which an optimizer has stepped.
+
+    Raises:
+        Refused: where no step comes in MOST_BATCHES micro-batches.
+    """
+
+    def __init__(self, enough: float) -> None:
+        self.enough = enough
+        self.num_batches = 0
+        self.num_steps = 0
+        self._stepped: set[int] = set()
+        self._of_each: list[int] = []
+        self._is_told = True
+        self._global_step = 0
+        self._idle = 0
+        self._begun_at = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        trainer.fit_loop.max_epochs = -1
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for config in trainer.strategy.lr_scheduler_configs:
+            config.interval = "never"  # of which Lightning's loop takes no notice
+            config.reduce_on_plateau = False
+            vars(config.scheduler)["step"] = _stand_still  # where the model steps it itself
+        self._of_each = [0] * len(trainer.optimizers)
+        for position, optimizer in enumerate(trainer.optimizers):
+            if isinstance(optimizer, Optimizer):
+                optimizer.register_step_pre_hook(partial(self._before, position))
+                optimizer.register_step_post_hook(partial(self._after, position))
+            else:  # DeepSpeed's
+                self._is_told = False
+
+    def before_step(self, position: int, optimizer: Optimizer) -> None:
+        """What is to be done before a step of the optimizer at `position`."""
+
+    def after_step(self, position: int, optimizer: Optimizer) -> None:
+        """What is to be done after it."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.num_batches += 1
+        if not self._is_told and trainer.global_step != self._global_step:
+            self._global_step = trainer.global_step
+            self._stepped = {*range(len(self._of_each))}
+        for position in self._stepped:
+            self._of_each[position] += 1
+        self.has_stepped = bool(self._stepped)
+        self._stepped = set()
+        self.num_steps += self.has_stepped
+        self._idle = 0 if self.has_stepped else self._idle + 1
+        if self._idle >= MOST_BATCHES + trainer.accumulate_grad_batches:
+            raise Refused(
+                f"tuner needs the steps of {type(trainer.lightning_module).__name__}, which made "
+                f"none in {self._idle} micro-batches; step an optimizer that configure_optimizers "
+                "returns, or use tuner=none"
+            )
+        is_enough = min(self._of_each) >= self.enough or self.num_steps >= ROUNDS * self.enough
+        if is_enough or (trainer.world_size == 1 and is_late(trainer)):  # ranks differ in clocks
+            end(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.num_batches == self._begun_at:
+            end(trainer)
+        self._begun_at = self.num_batches
+
+    def _before(self, position: int, optimizer: Optimizer, *args: Any) -> None:
+        self.before_step(position, optimizer)
+
+    def _after(self, position: int, optimizer: Optimizer, *args: Any) -> None:
+        self._stepped.add(position)
+        self.after_step(position, optimizer)
+
+
+def end(trainer: pl.Trainer) -> None:
+    """End a throwaway run."""
+    assert isinstance(trainer, ThrowawayTrainer)
+    trainer.end()
+
+
+def is_late(trainer: pl.Trainer) -> bool:
+    """Whether a throwaway run has taken as long as the fit may."""
+    until = getattr(trainer, "until", None)
+    return until is not None and time.monotonic() > until
+
+
+def throwaway(
+    config: Config,
+    *,
+    steps: Steps,
+    validates: bool,
+    callbacks: Sequence[pl.Callback] = (),
+    num_ranks: int | None = None,
+    served: Callable[[Any], Any] | None = None,
+) -> Run:
+    """Build a run that leaves no file, and that `steps` ends.
+
+    The techniques and callbacks are those of the fit; an average starts at once, for its memory
+    counts, and an accumulation schedule stays at its first factor. Loggers, checkpoints, bars, what
+    ends a fit early, and all schedules of the learning rate are off. The model sees the limits of
+    the fit, and a logger that ignores everything.
+
+    Args:
+        validates: whether an evaluation step follows the last optimizer step.
+        num_ranks: ranks whose accumulation this one stands for; None: as many as there are.
+        served: of `build`.
+    """
+    techniques = build_techniques(config)
+    for technique in techniques:
+        if isinstance(technique, Averaging):
+            technique.begin_at_once()
+        if isinstance(technique, Accumulation):
+            technique.stay_as_begun(num_ranks=num_ranks)
+    changed = config.but(
+        scheduler=None,
+        tuner=None,
+        sharing=None,  # each size would be a copy of its own
+        logger=None,
+        callbacks=None,
+        trainer={
+            "limit_val_batches": 1 if validates else 0,
+            "val_check_interval": 1.0,
+            "check_val_every_n_epoch": 1,
+            "num_sanity_val_steps": 0,
+        },
+    )
+    made_by = f"{ThrowawayTrainer.__module__}.{ThrowawayTrainer.__name__}"
+    changed.plain["trainer"] = {**changed.plain["trainer"], "_target_": made_by}
+    chosen = config.plain["callbacks"] or {}
+    of_user = build_callbacks({name: one for name, one in chosen.items() if name not in OURS})
+    run = build(
+        changed,
+        [*callbacks, steps, Listens(), *kept(of_user)],
+        techniques=techniques,
+        served=served,
+    )
+    of_model = run.model.configure_callbacks
+    run.model.configure_callbacks = lambda: kept(of_model())  # type: ignore[method-assign]
+    return run
+
+
+def kept(callbacks: "Iterable[pl.Callback] | pl.Callback") -> list[pl.Callback]:
+    """The callbacks that act in a search."""
+    several = [callbacks] if isinstance(callbacks, pl.Callback) else callbacks
+    return [one for one in several if not isinstance(one, LEFT_OUT)]
+
+
+def fit(run: Run) -> None:
+    """Fit a throwaway run. Raises KeyboardInterrupt at Ctrl-C, which Lightning makes an exit."""
+    try:
+        run.trainer.fit(run.model, datamodule=run.data)
+    except SystemExit as stop:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from now on
+        raise KeyboardInterrupt from stop
+
+
+def release_memory() -> None:
+    """Give the memory of a throwaway run that nobody holds any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _stand_still(*args: Any, **settings: Any) -> None:
+    """A step of a schedule in a search."""
