@@ -17,6 +17,7 @@ FLOORS = (
      "precision", "sharing", "strategy"},
     {"record"},
     {"run"},
+    {"throwaway"},
     {"tuner"},
     {"launch"},
     {"fit"},

@@ -101,7 +101,7 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: pl.Trainer().validate_loop._module_mode.mode == {},
     ),
     "._mode": (
-        "tuner/batches.py",
+        "throwaway/samples.py",
         "that of several training loaders the one which ends the epoch bounds the micro-batch",
         lambda: _of(lambda: CombinedLoader([]), "_mode"),
     ),
@@ -187,7 +187,7 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _in("torch.nn.modules.batchnorm", "_NormBase"),
     ),
     "torch.utils._pytree": (
-        "averaging/norms.py parallel/data_parallel.py tuner/probe.py",
+        "averaging/norms.py data/position.py parallel/data_parallel.py throwaway/samples.py",
         "that what a batch, or a model, holds is found in any nest of containers",
         lambda: _in("torch.utils._pytree", "tree_map"),
     ),

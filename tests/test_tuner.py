@@ -21,14 +21,14 @@ from app.errors import Refused
 from app.fit import built
 from app.process.asked import asked
 from app.run.build import build
+from app.throwaway.run import Steps, throwaway
+from app.throwaway.samples import longest_first, look
 from app.tuner.answers import cache_key, read_tuned
-from app.tuner.batches import num_samples
 from app.tuner.find import find
 from app.tuner.keys import startable
 from app.tuner.keys import typed as in_words
 from app.tuner.lr import range_test
-from app.tuner.probe import is_out_of_memory, longest_first
-from app.tuner.throwaway import Steps, throwaway
+from app.tuner.probe import is_out_of_memory
 
 THEIRS = ("model=custom", "model._target_=theirs.LitModel", "data=custom",
           "data._target_=theirs.LitData", "optimizer=none", "trainer.max_epochs=2", "logger=csv",
@@ -386,7 +386,7 @@ def test_bs_loaders_without_validation_and_with_several_training_loaders(
     typed = (*THEIRS, *BATCH, "model._target_=test_tuner.FromTwo", "+data.batch_size=4",
              "data._target_=test_tuner.Loaders", "tuner.batch_size.max_val=8")  # fmt: skip
     assert found(*typed) == {"data.batch_size": 8}
-    assert num_samples(checked(*typed)) == 40
+    assert look(checked(*typed), 1)[1] == 40
 
 
 def test_samples_of_different_lengths_are_probed_longest_first() -> None:

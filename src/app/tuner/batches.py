@@ -2,30 +2,19 @@
 
 import math
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities import CombinedLoader
-from torch.optim import LBFGS
-from torch.utils.data import BatchSampler, DataLoader
-
 from app.accumulate import Accumulation, ConstantAccumulation, EffectiveBatch
-from app.config import FACTOR, SINGLE, Config, is_single
-from app.errors import Refused
-from app.parallel.split import micro_batch_size
-from app.run.build import build_techniques, holds_whole_model
+from app.config import FACTOR, Config
+from app.run.build import build_techniques
+from app.throwaway.samples import look
 from app.tuner.keys import LR_KEYS, shares, value_at
-from app.tuner.throwaway import Steps, end, fit, release_memory, throwaway
 
 if TYPE_CHECKING:
     from conf.tuner.schema import BatchSize
 
 LARGEST = 8192
 """Where a search ends that neither a key nor the data bounds."""
-
-MANY_BATCHES = 100_000
-"""Batches of a sampler of the user's whose sizes are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,29 +36,9 @@ class Given:
     is_solved: bool
 
 
-class Looks(Steps):
-    """Notes the training loaders and the model, and ends the run before its first step."""
-
-    def __init__(self) -> None:
-        super().__init__(enough=math.inf)
-        self.loaders: Any = None
-        self.accumulates = False
-
-    def serves(self, loaders: Any) -> Any:
-        """Note what `train_dataloader` returned."""
-        self.loaders = loaders
-        return loaders
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        is_closed = any(isinstance(one, LBFGS) for one in trainer.optimizers)
-        self.accumulates = pl_module.automatic_optimization and not is_closed
-        end(trainer)
-
-
 def given(config: Config, settings: "BatchSize", *, key: str) -> Given:
     """Build what a configuration trains, and look at it."""
-    looks, samples = _look(config)
+    looks, samples = look(config, shares(config.plain))
     found = next((c for c in build_techniques(config) if isinstance(c, Accumulation)), None)
     factor = _first_factor(config, found)
     total = None
@@ -84,61 +53,6 @@ def given(config: Config, settings: "BatchSize", *, key: str) -> Given:
         total=total,
         is_solved=isinstance(found, EffectiveBatch),
     )
-
-
-def num_samples(config: Config) -> int | None:
-    """Samples of an epoch, over all ranks; None where the data do not tell.
-
-    Raises Refused where there are none.
-    """
-    return _look(config)[1]
-
-
-def _look(config: Config) -> tuple[Looks, int | None]:
-    looks = Looks()
-    num_ranks, parts = None, shares(config.plain) or 1
-    if not is_single(config.strategy) and holds_whole_model(config):
-        num_ranks, parts = parts, 1
-        config = config.but(strategy={"_target_": SINGLE})
-    run = throwaway(config, steps=looks, validates=False, num_ranks=num_ranks, served=looks.serves)
-    fit(run)
-    loaders = looks.loaders
-    if not isinstance(loaders, CombinedLoader):
-        loaders = CombinedLoader(loaders, "max_size_cycle")
-    of_each = [samples_of(loader) for loader in loaders.flattened]
-    known = [samples for samples in of_each if samples is not None]
-    mode: Any = loaders._mode
-    del run, loaders
-    release_memory()
-    if not known or (len(known) < len(of_each) and mode != "min_size"):
-        return looks, None
-    samples = parts * (min(known) if mode == "min_size" else max(known))
-    if samples == 0:
-        raise Refused(
-            "tuner.batch_size needs training data, got a loader of 0 samples; look at the data "
-            "and its sampler"
-        )
-    return looks, samples
-
-
-def samples_of(loader: Any) -> int | None:
-    """Samples that a loader serves in an epoch, by its sampler; None where it does not tell."""
-    batches = getattr(loader, "batch_sampler", None)
-    try:
-        if isinstance(loader, DataLoader) and type(batches) is BatchSampler:
-            return len(batches.sampler)  # type: ignore[arg-type]
-        size = micro_batch_size(loader)
-        if size is not None:
-            return min([len(loader) * size, *_length(getattr(loader, "dataset", None))])
-        if isinstance(loader, DataLoader) and batches is not None:
-            return sum(len(batch) for batch in islice(batches, MANY_BATCHES))
-    except TypeError:  # without a length
-        return None
-    return None
-
-
-def _length(dataset: Any) -> list[int]:
-    return [len(dataset)] if hasattr(dataset, "__len__") else []
 
 
 def _first_factor(config: Config, found: Accumulation | None) -> int | None:

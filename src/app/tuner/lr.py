@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from app.config import Config
 from app.errors import Refused
+from app.throwaway.run import Steps, end, fit, release_memory, throwaway
 from app.tuner.lr_rules import beta_for, diverged, sweep
 from app.tuner.search import NoEffect
-from app.tuner.throwaway import Steps, end, fit, release_memory, throwaway
 
 if TYPE_CHECKING:
     from conf.tuner.schema import LearningRate

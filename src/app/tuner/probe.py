@@ -1,26 +1,23 @@
 """Probes of the micro-batch: throwaway runs with an evaluation step at their end."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import CombinedLoader
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import BatchSampler, DataLoader
 
 from app.config import SINGLE, Config, is_single
-from app.parallel.split import rebuilt
 from app.process.ranks import ranks
 from app.record.silent import Silent
 from app.run.build import build_model_and_data, build_trainer, holds_whole_model
+from app.throwaway.run import Steps, fit, release_memory, throwaway
+from app.throwaway.samples import longest_first_of_all, shapes_of
 from app.tuner.keys import shares
 from app.tuner.search import NoEffect, Trial
-from app.tuner.throwaway import Steps, fit, release_memory, throwaway
 
 OUT_OF_MEMORY = (
     "out of memory",  # CUDA, HIP (ROCm), XPU, MPS
@@ -206,66 +203,3 @@ def _now(trainer: pl.Trainer) -> float:
     if trainer.strategy.root_device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def longest_first_of_all(loaders: Any) -> Any:
-    """Training loaders that serve the longest samples first, where lengths differ: the worst."""
-
-    def one(loader: Any) -> Any:
-        return longest_first(loader) if type(loader) is DataLoader else loader
-
-    if isinstance(loaders, CombinedLoader):
-        loaders.flattened = [one(loader) for loader in loaders.flattened]
-        return loaders
-    return tree_map(one, loaders)
-
-
-def longest_first(loader: DataLoader[Any], *, limit_s: float = 2.0) -> DataLoader[Any]:
-    """A loader whose every batch is of the longest samples; the same one where all are alike, or
-    where it draws no batches of `batch_size` samples.
-
-    Looks for `limit_s` seconds at the samples that its sampler draws.
-    """
-    if type(loader.batch_sampler) is not BatchSampler:
-        return loader
-    until = time.monotonic() + limit_s
-    lengths = []
-    for index in loader.sampler:
-        lengths.append((num_elements(loader.dataset[index]), index))
-        if time.monotonic() > until:
-            break
-    lengths.sort(key=lambda found: -found[0])
-    if not lengths or lengths[0][0] == lengths[-1][0]:
-        return loader
-    longest = [index for _, index in lengths[: loader.batch_size]]
-    return rebuilt(loader, batch_sampler=[longest] * len(loader))
-
-
-def shapes_of(batch: Any) -> list[list[int]] | None:
-    """The shapes of all that a batch holds; None where it holds an object that does not tell."""
-    found: list[list[int]] = []
-    for leaf in tree_leaves(batch):
-        inner = shapes_of(vars(leaf)) if is_dataclass(leaf) else None
-        if inner is not None:
-            found += inner
-        elif hasattr(leaf, "shape"):
-            found.append([int(size) for size in leaf.shape])
-        elif leaf is None or isinstance(leaf, int | float | str | bytes):
-            found.append([])
-        else:
-            return None
-    return found
-
-
-def num_elements(sample: Any) -> int:
-    """Numbers in all tensors and sequences of a sample."""
-    if isinstance(sample, torch.Tensor):
-        return sample.numel()
-    if isinstance(sample, str | bytes):
-        return len(sample)
-    if isinstance(sample, Mapping):
-        return sum(num_elements(value) for value in sample.values())
-    if isinstance(sample, Sequence):
-        return sum(num_elements(value) for value in sample)
-    size = getattr(sample, "size", 1)
-    return size if isinstance(size, int) else 1

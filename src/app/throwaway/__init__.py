@@ -1,0 +1,1 @@
+"""Runs that leave no trace, and what they are told of the data: on these the finders search."""
