@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from app.accumulate import Accumulation
+from app.clip import Clip
 from app.config import Config, is_single
 from app.data.position import refuse_empty
 from app.errors import Refused
@@ -26,6 +27,7 @@ from app.run.checkpoint import CheckpointFiles, Checkpoints
 from app.run.hooks import DataHooks
 from app.run.measured import Measured, keeper, measured
 from app.run.metrics import AwaitedMetrics, StepMetrics, awaited_metrics
+from app.run.raw import ClipsRaw
 from app.run.resume import ExactResume
 from app.run.trainer import Trainer
 
@@ -134,6 +136,7 @@ def build(
         hooks.in_place_of("configure_callbacks", make)
     callbacks = [
         *techniques,
+        *(ClipsRaw(one) for one in techniques if isinstance(one, Clip)),
         *finders,
         *parallel,
         StepMetrics(),

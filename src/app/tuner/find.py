@@ -14,6 +14,7 @@ from app.errors import Refused
 from app.process.files import write_atomically
 from app.process.ranks import ranks
 from app.run.build import holds_whole_model
+from app.throwaway.trace import left_as_found
 from app.tuner.answers import NAME, cache_key, read_tuned, searching, write_tuned
 from app.tuner.batches import LARGEST, Given, given, largest_allowed, made_up_for
 from app.tuner.keys import (
@@ -83,7 +84,8 @@ def _search(config: Config, folder: Path) -> dict[str, Any]:
         "torch": str(torch.__version__),
     }
     for finder in (find_batch_size, find_lr):
-        found, about, complete = finder(config.changed(overrides), folder)
+        with left_as_found(config.plain):
+            found, about, complete = finder(config.changed(overrides), folder)
         overrides |= found
         provenance |= about
         if not complete:

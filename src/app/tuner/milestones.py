@@ -13,6 +13,7 @@ from app.config import Config
 from app.errors import Refused
 from app.parallel.split import share_of
 from app.process.ranks import ranks
+from app.throwaway.trace import left_as_found
 from app.tuner.find import batch_size_of, say
 from app.tuner.keys import BATCH_SIZE_KEYS, tuned_key
 from app.tuner.lr import range_test
@@ -51,7 +52,7 @@ class LrAtMilestones(pl.Callback):
             return
         settings = self._settings
         base = float(trainer.optimizers[0].param_groups[0]["lr"])
-        with isolate_rng():
+        with isolate_rng(), left_as_found(self._config.plain):
             lrs, losses, complete = range_test(
                 self._config,
                 settings=settings,
@@ -117,7 +118,7 @@ class BatchSizeAtMilestones(pl.Callback):
         epoch = trainer.current_epoch + 1
         if epoch not in self._epochs:
             return
-        with isolate_rng():
+        with isolate_rng(), left_as_found(self._config.plain):
             answer, reason, _ = batch_size_of(self._config, key=self._key)
         if not answer.complete:
             raise KeyboardInterrupt
