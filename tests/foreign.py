@@ -2,22 +2,19 @@
 
 import random
 from collections import deque
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
-
 from torch.nn import functional as F
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    Dataset,
     IterableDataset,
-    RandomSampler,
     SubsetRandomSampler,
     TensorDataset,
 )
@@ -58,7 +55,7 @@ class Regressor(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
-# ---------------------------------------------------------------------------------------- 1: text
+# ------------------------------------------------------------------------------------------ 1: text
 
 
 class Text(pl.LightningDataModule):
@@ -71,7 +68,10 @@ class Text(pl.LightningDataModule):
     def setup(self, stage):
         rng = random.Random(0)
         self.lines = [
-            {"text": "a" * rng.randint(2, 9), "ids": [rng.randrange(11) for _ in range(rng.randint(2, 9))]}
+            {
+                "text": "a" * rng.randint(2, 9),
+                "ids": [rng.randrange(11) for _ in range(rng.randint(2, 9))],
+            }
             for _ in range(60)
         ]
 
@@ -111,7 +111,7 @@ class Language(pl.LightningModule):
         }
 
 
-# ----------------------------------------------------------------------------------------- 2: GAN
+# ------------------------------------------------------------------------------------------- 2: GAN
 
 
 class Gan(pl.LightningModule):
@@ -127,7 +127,9 @@ class Gan(pl.LightningModule):
         g_schedule, _ = self.lr_schedulers()
         d.zero_grad()
         fake = self.generator(torch.randn(len(real), 3))
-        d_loss = F.softplus(self.critic(fake.detach())).mean() + F.softplus(-self.critic(real)).mean()
+        d_loss = (
+            F.softplus(self.critic(fake.detach())).mean() + F.softplus(-self.critic(real)).mean()
+        )
         self.manual_backward(d_loss)
         d.step()
         if batch_idx % self.every == 0:
@@ -135,6 +137,9 @@ class Gan(pl.LightningModule):
             self.manual_backward(F.softplus(-self.critic(fake)).mean())
             g.step()
             g_schedule.step()
+        self.draw(real)
+
+    def draw(self, real):
         self.logger.experiment.add_histogram("real", real, self.global_step)
         self.logger.experiment.config.update({"a": 1})
 
@@ -147,7 +152,23 @@ class Gan(pl.LightningModule):
         ]
 
 
-# ----------------------------------------------------------------------------------------- 3: DQN
+class Quiet(Gan):
+    """Draws nothing, and has no schedules."""
+
+    def lr_schedulers(self):
+        return self, self
+
+    def step(self):
+        self.stepped = True
+
+    def configure_optimizers(self):
+        return super().configure_optimizers()[0]
+
+    def draw(self, real):
+        self.drawn = len(real)
+
+
+# ------------------------------------------------------------------------------------------- 3: DQN
 
 
 class Replay(IterableDataset):
@@ -162,22 +183,19 @@ class Replay(IterableDataset):
 
 
 class Dqn(Regressor):
-    """Has its loader, which has no length, and its own memory."""
+    """Has a memory that its data fill."""
 
-    def __init__(self, lr: float = 0.01, batch_size: int = 4):
+    def __init__(self, lr: float = 0.01):
         super().__init__(lr)
-        self.batch_size = batch_size
         self.memory: deque = deque(maxlen=100)
 
+
+class Replayed(Points):
     def train_dataloader(self):
-        return DataLoader(Replay(self), batch_size=self.batch_size)
+        return DataLoader(Replay(self.trainer.lightning_module), batch_size=self.batch_size)
 
 
-class Nothing(pl.LightningDataModule):
-    """The model has the loaders."""
-
-
-# --------------------------------------------------------------------------------------- 4: graphs
+# ---------------------------------------------------------------------------------------- 4: graphs
 
 
 class Graphs(Points):
@@ -188,7 +206,12 @@ class Graphs(Points):
             x = torch.stack([x for x, _ in items]).repeat_interleave(3, 0)
             edges = torch.randint(len(x), (2, 2 * len(x)))
             y = torch.stack([y for _, y in items])
-            return {"x": x, "edges": edges, "batch": torch.arange(len(items)).repeat_interleave(3), "y": y}
+            return {
+                "x": x,
+                "edges": edges,
+                "batch": torch.arange(len(items)).repeat_interleave(3),
+                "y": y,
+            }
 
         return DataLoader(points(self.n), self.batch_size, shuffle=True, collate_fn=collate)
 
@@ -208,7 +231,10 @@ class Combined(Points):
 
     def train_dataloader(self):
         return CombinedLoader(
-            {"few": DataLoader(points(32), self.batch_size), "many": DataLoader(points(96), self.batch_size)},
+            {
+                "few": DataLoader(points(32), self.batch_size),
+                "many": DataLoader(points(96), self.batch_size),
+            },
             self.mode,
         )
 
@@ -225,7 +251,9 @@ class Subset(Points):
 
     def train_dataloader(self):
         sampler = SubsetRandomSampler(range(20))
-        return DataLoader(points(self.n), self.batch_size, sampler=sampler, drop_last=self.drop_last)
+        return DataLoader(
+            points(self.n), self.batch_size, sampler=sampler, drop_last=self.drop_last
+        )
 
 
 class OwnBatches(BatchSampler):
@@ -271,8 +299,12 @@ class Stateful:
         self.batch_size, self.at = batch_size, 0
 
     def __iter__(self):
-        for self.at in range(0, len(self.x), self.batch_size):
-            yield self.x[self.at : self.at + self.batch_size], self.y[self.at : self.at + self.batch_size]
+        for at in range(0, len(self.x), self.batch_size):
+            self.at = at
+            yield (
+                self.x[self.at : self.at + self.batch_size],
+                self.y[self.at : self.at + self.batch_size],
+            )
 
     def state_dict(self):
         return {"at": self.at}
@@ -392,7 +424,7 @@ class RawOptimizer(Regressor):
 class Schedules(Regressor):
     """Asks its trainer for the limits of the fit."""
 
-    seen: list = []
+    seen: ClassVar[list] = []
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
@@ -411,7 +443,7 @@ class ClassState(Regressor):
     """Keeps a count and a cache in the class, which the loss depends on."""
 
     count = 0
-    cache: dict = {}
+    cache: ClassVar[dict] = {}
 
     def training_step(self, batch, batch_idx):
         type(self).count += 1
@@ -437,7 +469,7 @@ class Freezes(BaseFinetuning):
 class Watches(Callback):
     """Notes what it sees, for all objects."""
 
-    moved: list = []
+    moved: ClassVar[list] = []
     stopped: int = 0
 
     def on_train_start(self, trainer, pl_module):
@@ -471,6 +503,13 @@ class OnlyTrainable(Regressor):
 
     def configure_optimizers(self):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+
+class Thaws(OnlyTrainable):
+    """Brings its own callbacks."""
+
+    def configure_callbacks(self):
+        return [Freezes(until=1), EarlyStopping("train_loss", check_on_train_epoch_end=True)]
 
 
 class AnyBatch(Regressor):

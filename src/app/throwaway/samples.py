@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch.optim import LBFGS
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from app.config import SINGLE, Config, is_single
 from app.errors import Refused
@@ -81,7 +81,8 @@ def samples_of(loader: Any) -> int | None:
     """Samples that a loader serves in an epoch, by its sampler; None where it does not tell."""
     batches = getattr(loader, "batch_sampler", None)
     try:
-        if isinstance(loader, DataLoader) and type(batches) is BatchSampler:
+        is_iterable = isinstance(getattr(loader, "dataset", None), IterableDataset)
+        if type(batches) is BatchSampler and not is_iterable:
             return len(batches.sampler)  # type: ignore[arg-type]
         size = micro_batch_size(loader)
         if size is not None:
@@ -115,7 +116,8 @@ def longest_first(loader: DataLoader[Any], *, limit_s: float = 2.0) -> DataLoade
 
     Looks for `limit_s` seconds at the samples that its sampler draws.
     """
-    if type(loader.batch_sampler) is not BatchSampler:
+    is_iterable = isinstance(loader.dataset, IterableDataset)
+    if is_iterable or type(loader.batch_sampler) is not BatchSampler:
         return loader
     until = time.monotonic() + limit_s
     lengths = []
