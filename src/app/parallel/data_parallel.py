@@ -109,6 +109,7 @@ class DataParallel(pl.Callback):
                 f"{trainer.current_epoch}, and the ranks did not average its gradients; unfreeze "
                 "it in on_train_epoch_start, or type strategy=auto"
             )
+
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.may_lack_batches and not self._accumulates:
             came = torch.tensor(float(not self._lacks), device=pl_module.device)
@@ -200,6 +201,8 @@ def wrap_again(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     gc.collect()  # the one before, whose hooks are on the parameters as long as it is there
     strategy.configure_ddp()
     settle_buckets(strategy.model, pl_module)
+
+
 def rescale(parameters: Iterable[Tensor], scale: float | None) -> None:
     """Multiply the gradients of parameters; None: take them away, as none came."""
     stepped = [parameter for parameter in parameters if parameter.grad is not None]

@@ -1,6 +1,5 @@
 """Which metric rows are compared by, and which way is better."""
 
-import re
 from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
