@@ -778,11 +778,11 @@ class Codes(Net):
         self.body[2] = parametrizations.spectral_norm(self.body[2])
         self.register_buffer("codes", torch.zeros(3, dtype=torch.int8))
         self.register_buffer("mask", torch.tensor([True, False]))
-        self.register_buffer("half", torch.zeros(2, dtype=torch.float16))
+        self.register_buffer("narrow", torch.zeros(2, dtype=torch.float16))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.codes += 1
-        self.half += 0.25
+        self.narrow += 0.25
         return super().training_step(batch, batch_idx)
 
 
