@@ -47,7 +47,7 @@ class DataParallel(pl.Callback):
         self._sampler: Any = None
         self._weight = 1.0
         self._trained: set[str] = set()  # as DistributedDataParallel knows
-        self._asks = False
+        self._asks, self._asked_after = False, 0
         self._lacks = False
         self.fillers: set[int] = set()
         self.may_lack_batches = False
@@ -101,6 +101,12 @@ class DataParallel(pl.Callback):
             loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._asked_after != trainer.global_step:  # what a validation has unfrozen is in time
+            self._refuse_unfrozen(trainer, pl_module)
+
+    def _refuse_unfrozen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise Refused where a parameter was trained that DistributedDataParallel left alone."""
+        self._asked_after = trainer.global_step
         if not isinstance(trainer.model, DistributedDataParallel):
             return
         if unfrozen := sorted(trained(pl_module) - self._trained):
@@ -119,6 +125,8 @@ class DataParallel(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         make_buffers_alike(trainer, pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._refuse_unfrozen(trainer, pl_module)
 
     def loaders(self, name: str, loaders: Any) -> Any:
         """What serves this rank's share of what a method of this name has returned."""
@@ -200,7 +208,12 @@ def wrap_again(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     strategy.model = pl_module
     gc.collect()  # the one before, whose hooks are on the parameters as long as it is there
     strategy.configure_ddp()
+    open_window = [(parameter, parameter.grad) for parameter in pl_module.parameters()]
+    for parameter, _ in open_window:
+        parameter.grad = None
     settle_buckets(strategy.model, pl_module)
+    for parameter, gradient in open_window:
+        parameter.grad = gradient
 
 
 def rescale(parameters: Iterable[Tensor], scale: float | None) -> None:
