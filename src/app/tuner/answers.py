@@ -16,7 +16,6 @@ from app.errors import Refused, Unreadable
 from app.process.files import read_yaml, write_atomically
 from app.process.targets import located, named_in
 from app.record.folder import RunFolder
-from app.sharing.key import sources
 from app.tuner.keys import tunable
 
 NAME = "tuned.yaml"
@@ -91,6 +90,8 @@ def cache_key(config: Mapping[str, Any], *, device: str) -> str:
     of what is installed, the version; of a file that a setting names, size and time. What is
     imported inside of a function is not followed, nor are files that only the source names.
     """
+    from app.sharing.key import sources  # which imports torch
+
     chosen = {group: config[group] for group in DECIDING if config[group] is not None}
     if "callbacks" in chosen:
         named = chosen["callbacks"].items()

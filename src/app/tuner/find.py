@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -245,19 +246,24 @@ def find_lr(config: Config, folder: Path) -> Finding:
         base = float(value_at(config.plain, key))
         if base <= 0:
             raise Refused(f"{key} must be above 0 to be searched, got {base:g}; type {key}=0.1")
+        test = partial(
+            range_test,
+            config,
+            settings=settings,
+            base=base,
+            optimizer=position if several else None,
+            from_now=False,
+            callbacks=[],
+        )
         try:
-            lrs, losses, complete = range_test(
-                config,
-                settings=settings,
-                base=base,
-                optimizer=position if several else None,
-                from_now=False,
-                callbacks=[],
-                key=key if settings.on_doubt == "keep" and not is_torchs(config, key) else None,
-            )
+            lrs, losses, complete = test(key=None if is_torchs(config, key) else key)
         except NoEffect as refusal:
-            say(f"tuner: {refusal}; it stays")
-            continue
+            say(
+                f"tuner: {refusal}; " + ("it stays" if settings.on_doubt == "keep" else "searching")
+            )
+            if settings.on_doubt == "keep":
+                continue
+            lrs, losses, complete = test(key=None)
         found = suggest(lrs, losses, rule=settings.rule.value)
         name = f"lr_find_{position}" if several else "lr_find"
         if ranks().is_first:
