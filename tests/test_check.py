@@ -152,6 +152,9 @@ COMBINATIONS = {
     "or memory=none",
     ("compile=reduce_overhead", "trainer.accelerator=cpu"): "compile=reduce_overhead needs a GPU: "
     "trainer.accelerator=cpu has no CUDA graphs; use compile=default",
+    ("+callbacks.a._target_=lightning.pytorch.callbacks.BatchSizeFinder",): "callbacks.a must be "
+    "no technique of Lightning, of which ours know nothing, got BatchSizeFinder; leave it out, and "
+    "use tuner=batch_size",
 }  # fmt: skip
 
 
