@@ -290,6 +290,8 @@ RULES: Rules = {
     "off; type trainer.limit_val_batches=null, or use callbacks=default": lambda run: (
         run.is_unvalidated and run.of_validation(Group(run.callbacks.early_stopping).monitor)
     ),
+    "sharing shares what a LightningDataModule sets up, and data=none has none; use "
+    "sharing=none": lambda run: run.sharing and not run.data,
     "accumulate.starts has {run.late_starts}, which the run never reaches "
     "(trainer.max_{run.accumulate.by}s={run.end_of_starts}); leave them out": lambda run: (
         run.late_starts

@@ -53,7 +53,7 @@ class Train:
     run_dir: str = folder(instead="type name=NAME")
     """Folder of the run, given by Hydra."""
     model: Any = MISSING
-    data: Any = MISSING
+    data: Any = None
     optimizer: Any = None
     scheduler: Any = None
     accumulate: Any = None

@@ -1,5 +1,6 @@
 """Whatever loaders a user brings: continued, split, combined, empty, and asked a second time."""
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +23,12 @@ from torch.utils.data import (
 )
 
 from app.accumulate import ConstantAccumulation
+from app.errors import Refused
+from app.fit import train
+from app.record.folder import RunFolder
 from app.run.build import Run, build
 from app.run.checkpoint import newest_intact
+from app.run.evaluation import evaluate
 
 QUIET = ("model=custom", "model._target_=test_loaders.Recorder", "data=custom", "optimizer=none",
          "data._target_=test_loaders.Data", "trainer.max_epochs=3", "logger=none",
@@ -360,3 +365,195 @@ def test_da_none_a_step_is_the_mean_of_what_came(case: str, sized: bool) -> None
         mean_step(expected, [model.batches[index] for index in window])
     for mine, theirs in zip(model.net.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+# --------------------------------------------------------------------------- loaders of the model
+
+
+class Buffer(IterableDataset):
+    """What a model has seen of its world: grows while it is trained, and has no length."""
+
+    def __init__(self) -> None:
+        self.seen = [torch.randn(10) for _ in range(4)]
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(24):
+            yield random.choice(self.seen), 0
+
+
+class Plays(Recorder):
+    """Has its loaders itself, and no data module; trains on a buffer that it fills."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffer = Buffer()
+        self.tested = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.buffer.seen.append(batch[0][0] * 0.9)
+        return super().training_step(batch, batch_idx)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.buffer, batch_size=4)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(Noisy(8), batch_size=4)
+
+    def test_dataloader(self) -> Any:
+        return DataLoader(Noisy(8), batch_size=4)
+
+
+class TrainOnly(pl.LightningDataModule):
+    """Has nothing to test on."""
+
+    num_classes = 2
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Noisy(8), batch_size=4)
+
+
+class OwnTest(LitModel):
+    """Brings its own test data, and asks the data module what it holds."""
+
+    def test_dataloader(self) -> Any:
+        assert self.trainer.datamodule.num_classes == 2
+        return DataLoader(Noisy(8), batch_size=4)
+
+
+OWN = ("optimizer=none", "trainer.max_epochs=2", "logger=csv", "callbacks.progress=null",
+       "trainer.accelerator=cpu", "model=custom")  # fmt: skip
+SOURCES = {
+    "none": ("model._target_=test_loaders.Plays", "data=none"),
+    "test only": ("model._target_=test_loaders.OwnTest", "data=custom",
+                  "data._target_=test_loaders.TrainOnly"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_da_model_a_model_is_trained_tested_and_evaluated_on_its_own_loaders(
+    checked: Callable[..., Any], tmp_path: Path, source: str
+) -> None:
+    config = checked(*OWN, *SOURCES[source])
+    folder = RunFolder(Path(config.run_dir))
+    folder.path.mkdir(exist_ok=True)
+    result = train(config, folder)
+    assert result["optimizer_steps"] == (12 if source == "none" else 4)
+    assert "test_loss" in result["metrics"]
+    evaluate(config, folder, stage="test", checkpoint=folder.checkpoints / "last.ckpt")
+    assert "test_loss" in json.loads((folder.path / "test.json").read_text())["metrics"]
+
+
+def test_da_model_a_model_without_data_continues(checked: Callable[..., Any]) -> None:
+    config = checked(*OWN, *SOURCES["none"], OFTEN)
+    fit(config, cut_at=8)
+    with pytest.warns(UserWarning, match="Buffer has no state_dict and serves other batches"):
+        run = fit(config)
+    assert run.trainer.global_step == 12
+    assert len(run.model.trained_on) == 4
+
+
+def test_da_model_without_data_or_loaders_is_refused(checked: Callable[..., Any]) -> None:
+    config = checked(*OWN, "model._target_=theirs.LitModel", "data=none")
+    with pytest.raises(Refused, match="data=none needs a model with loaders of its own, and LitMo"):
+        build(config, [])
+    with pytest.raises(Refused, match="sharing shares what a LightningDataModule sets up"):
+        checked(*OWN, *SOURCES["none"], "sharing=mmap")
+
+
+# ------------------------------------------------------------------------------ nothing to train on
+
+EMPTY: dict[str, tuple[Callable[[], Any], str]] = {
+    "drop_last": (
+        lambda: DataLoader(Noisy(20), batch_size=32, drop_last=True),
+        "20 samples are fewer than a batch of 32, and drop_last leaves them out; type "
+        "data.batch_size=20",
+    ),
+    "no samples": (lambda: DataLoader([], batch_size=4), "list is empty; give it samples"),
+    "a sampler": (
+        lambda: DataLoader(Noisy(20), sampler=[], batch_size=4), "draws none of the 20 samples",
+    ),
+    "a stream": (lambda: DataLoader(Stream(0), batch_size=4), "got none of Stream"),
+    "their own": (lambda: Forgetful([]), "got none of Forgetful"),
+    "one of several": (
+        lambda: {"one": DataLoader(Noisy(20), 4), "other": DataLoader([], 4)}, "list is empty",
+    ),
+    "a generator, once": (lambda: (torch.randn(4, 10) for _ in range(3)), "got none of generator"),
+}  # fmt: skip
+
+
+class EmptyData(Data):
+    """Serves nothing, or soon nothing."""
+
+    def train_dataloader(self) -> Any:
+        return EMPTY[self.kind][0]()
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_da_empty_nothing_to_train_on_is_refused(checked: Callable[..., Any], kind: str) -> None:
+    config = checked(*QUIET, "data._target_=test_loaders.EmptyData", f"+data.kind='{kind}'")
+    run = build(config, [])
+    with pytest.raises(Refused) as refusal:
+        run.trainer.fit(run.model, datamodule=run.data)
+    assert EMPTY[kind][1] in str(refusal.value)
+
+
+def test_da_empty_a_share_of_no_batch_is_refused(checked: Callable[..., Any]) -> None:
+    config = checked(*QUIET, "+data.kind=shuffled", "trainer.limit_train_batches=0.1")
+    run = build(config, [])
+    with pytest.raises(Refused, match=r"must leave one of the 6 batches of an epoch, got 0[.]1;"):
+        run.trainer.fit(run.model, datamodule=run.data)
+
+
+@pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
+def test_da_empty_a_fit_on_no_batch_is_not_finished(checked: Callable[..., Any]) -> None:
+    LOADERS["only None"] = lambda: DataLoader([None, None], batch_size=None)
+    config = checked(*QUIET, "+data.kind='only None'")
+    folder = RunFolder(Path(config.run_dir))
+    folder.path.mkdir(exist_ok=True)
+    with pytest.raises(Refused, match="Recorder was trained on no batch: each one that"):
+        train(config, folder)
+    del LOADERS["only None"]
+
+
+# ---------------------------------------------------------------------------- asked a second time
+
+
+class Asks(Recorder):
+    """Looks at its training data whenever it can, as for a bank of neighbours or class weights."""
+
+    def look(self) -> int:
+        mine = self.trainer.datamodule.train_dataloader()
+        assert mine is not self.trainer.train_dataloader
+        return sum(1 for _ in mine)
+
+    def setup(self, stage: str) -> None:
+        self.num_batches = self.look()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.look()
+        return super().training_step(batch, batch_idx)
+
+    def on_validation_start(self) -> None:
+        self.look()
+        if self.trainer.train_dataloader is not None:
+            loaders = torch.utils._pytree.tree_leaves(self.trainer.train_dataloader)
+            assert all(len(list(loader)) for loader in loaders)
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+@pytest.mark.parametrize(
+    "kind", ["stream", "shuffled", "shuffled by a generator", "their own state", "their sampler"]
+)
+def test_da_again_a_second_loader_leaves_the_first_alone(
+    checked: Callable[..., Any], tmp_path: Path, kind: str
+) -> None:
+    typed = (*QUIET, OFTEN, f"+data.kind='{kind}'", "model._target_=test_loaders.Asks")
+    whole = fit(checked(*typed, f"run_dir={tmp_path}/whole"))
+    config = checked(*typed, f"run_dir={tmp_path}/cut")
+    num_batches = len(whole.model.trained_on)
+    assert num_batches == 3 * whole.model.num_batches
+    begun = 0
+    for cut_at in (num_batches // 3 + 1, None):
+        cut = fit(config, cut_at=cut_at)
+        assert cut.model.trained_on == whole.model.trained_on[begun : cut_at or num_batches]
+        begun = cut_at or num_batches

@@ -75,8 +75,13 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         "that trainer.sync_batchnorm=true acts on a model before it is sharded",
         lambda: _of(ModelParallelStrategy, "_layer_sync"),
     ),
+    "._data_fetcher": (
+        "run/resume.py",
+        "that the batch which is asked for ahead is the one behind the checkpoint",
+        lambda: _of(lambda: pl.Trainer(logger=False, accelerator="cpu").fit_loop, "_data_fetcher"),
+    ),
     "._iterator": (
-        "averaging/norms.py",
+        "averaging/norms.py data/position.py",
         "that the second loader over the same data has workers of its own",
         lambda: DataLoader(torch.zeros(1))._iterator is None,
     ),
@@ -187,7 +192,8 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _in("torch.nn.modules.batchnorm", "_NormBase"),
     ),
     "torch.utils._pytree": (
-        "averaging/norms.py data/position.py parallel/data_parallel.py throwaway/samples.py",
+        "averaging/norms.py data/position.py parallel/data_parallel.py run/progress.py "
+        "throwaway/samples.py",
         "that what a batch, or a model, holds is found in any nest of containers",
         lambda: _in("torch.utils._pytree", "tree_map"),
     ),

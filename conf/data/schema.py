@@ -12,6 +12,7 @@ dimension for each of `data.fanouts`.
 | digits  | 1,797 images of 8x8: a smoke test; needs the extra digits | scikit-learn load_digits  |
 | graph   | 50,000 generated nodes, 1 M edges: for model=graphsage    | stochastic block model    |
 | custom  | any LightningDataModule: data._target_=theirpkg.TheirData |                           |
+| none    | the loaders of the model itself, with model=custom        |                           |
 """
 
 from dataclasses import dataclass

@@ -14,7 +14,7 @@ from app.errors import Refused
 from app.parallel.data_parallel import DataParallel, rescale
 from app.parallel.sharded import placed_like
 from app.parallel.sizes import accumulation_factor
-from app.parallel.split import mean_over_ranks, micro_batch_size, share_of
+from app.parallel.split import mean_over_ranks, micro_batch_size, samples_of_epoch, share_of
 
 __all__ = ["Accumulation", "ConstantAccumulation", "EffectiveBatch", "ScheduledAccumulation"]
 
@@ -381,7 +381,16 @@ class EffectiveBatch(Accumulation):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        served = micro_batch_size(trainer.train_dataloader)
+        loader = trainer.train_dataloader
+        served, samples = micro_batch_size(loader), samples_of_epoch(loader)
+        if samples is not None and samples < self.batch_size:
+            world_size = self._num_ranks or share_of(trainer).size
+            size = max(1, min(self.micro_batch_size, samples // world_size))
+            raise Refused(
+                f"accumulate.batch_size must be at most the {samples} samples of an epoch, got "
+                f"{self.batch_size}; type a micro-batch of {size} and accumulate.batch_size="
+                f"{samples // (size * world_size) * size * world_size or size * world_size}"
+            )
         if served not in (None, self.micro_batch_size):
             raise Refused(
                 f"accumulate.micro_batch_size must be the loader's batch size {served}, "

@@ -27,7 +27,7 @@ OF_ONE_CLASS = ("optimizer", "scheduler", "accumulate", "clip", "averaging", "sh
 """Groups that can be off while a file sets keys of them, of which nothing can be built."""
 
 
-ALWAYS_ON = ("model", "data", "trainer", "strategy", "precision")
+ALWAYS_ON = ("model", "trainer", "strategy", "precision")
 
 SINGLE = "app.strategy.single"
 DDP = "app.strategy.ddp"

@@ -189,12 +189,10 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
             where = tested(run.trainer, delivered)  # before it restores what callbacks knew then
             with record.phase("test"):
                 seed_all(config.seed)
-                metrics = run.trainer.test(
-                    run.model, datamodule=run.data, ckpt_path=kept[kind], verbose=False
-                )
+                metrics = run.test(kept[kind])
             measured, of = record.content["metrics"], record.content["metrics_of"]
             of_test = {}
-            for name, value in (item for part in metrics for item in part.items()):
+            for name, value in metrics.items():
                 # a validation may have logged the same name
                 taken = of.get(name, {}).get("on") == "validation"
                 of_test[f"test_{name}" if taken else name] = value

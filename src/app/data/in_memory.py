@@ -121,7 +121,9 @@ class InMemoryLoader:
     @property
     def batch_sampler(self) -> SimpleNamespace:
         """Where Lightning looks for `set_epoch`."""
-        return SimpleNamespace(sampler=self, batch_size=self.batch_size, drop_last=self.drop_last)
+        return SimpleNamespace(
+            sampler=self, batch_size=self.batch_size, drop_last=self.drop_last, share=self._share
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be epoch `epoch`, or what a loaded state has left of it."""

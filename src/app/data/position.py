@@ -340,7 +340,10 @@ def asked_by(module: str) -> bool:
 
 def second(loader: Any) -> Any:
     """A loader of the same data whose iteration leaves the position of the first alone."""
-    twin = copy.copy(loader)
+    try:
+        twin = copy.copy(loader)
+    except TypeError:  # a generator, which there is once
+        return loader
     for name in ("loader", "batch_sampler", "sampler", "generator"):
         if getattr(loader, "__dict__", {}).get(name) is not None:
             vars(twin)[name] = second(vars(loader)[name])

@@ -6,7 +6,8 @@ the step the mean over its samples all the same. Nothing is repeated and nothing
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -196,8 +197,42 @@ def rebuilt(loader: DataLoader[Any], *, batch_sampler: Any) -> DataLoader[Any]:
 
 
 def micro_batch_size(loader: Any) -> int | None:
-    """Samples in a batch of one rank, where the loader knows it."""
+    """Samples in a full batch of one rank, no more than it has; None where they are not known."""
+    size = _typed_batch_size(loader)
+    num_samples = samples_of_epoch(loader)
+    if size is None or num_samples is None:
+        return size
+    return min(size, math.ceil(num_samples / _share_of(loader).size))
+
+
+def samples_of_epoch(loader: Any) -> int | None:
+    """Samples in the batches that all ranks serve in an epoch; None where they are not known."""
+    size, batches = _typed_batch_size(loader), getattr(loader, "batch_sampler", None)
+    if isinstance(batches, list | tuple) and not isinstance(loader, Mapping):
+        return sum(map(len, batches))
+    drawn: Any = loader.dataset if hasattr(loader, "shard") else getattr(batches, "sampler", None)
+    try:
+        num_samples, num_batches = len(drawn), len(loader)
+    except (TypeError, NotImplementedError):  # without a length, as of a data set or a sampler
+        return None
+    if size is None:
+        return None
+    return min(num_samples, num_batches * size * _share_of(loader).size)
+
+
+def _typed_batch_size(loader: Any) -> int | None:
+    """What was asked for; None where the batches are of different sizes."""
+    batches = getattr(loader, "batch_sampler", None)
+    if isinstance(batches, list | tuple):
+        sizes = {len(batch) for batch in batches}
+        return sizes.pop() if len(sizes) == 1 else None
     size = getattr(loader, "batch_size", None)
     if size is None:
-        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+        size = getattr(batches, "batch_size", None)
     return size if isinstance(size, int) else None
+
+
+def _share_of(loader: Any) -> Share:
+    """Of a loader that has been split."""
+    found = getattr(getattr(loader, "batch_sampler", None), "share", None)
+    return found if isinstance(found, Share) else WHOLE

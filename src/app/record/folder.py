@@ -66,7 +66,8 @@ def _is_group_of_groups(value: Any) -> bool:
 
 
 CONFIG = {
-    **dict.fromkeys(("model", "data", "trainer"), lambda value: isinstance(value, dict)),
+    **dict.fromkeys(("model", "trainer"), lambda value: isinstance(value, dict)),
+    "data": lambda value: value is None or isinstance(value, dict),
     **dict.fromkeys(("optimizer", "scheduler", "accumulate", "clip", "averaging", "sharing",
                      "strategy", "precision", "memory", "compile", "tuner", "launch",
                      "sweep"), _is_group),

@@ -42,7 +42,7 @@ class Run:
     """The objects of one run."""
 
     model: pl.LightningModule
-    data: pl.LightningDataModule
+    data: pl.LightningDataModule | None
     trainer: Trainer
     hooks: DataHooks
 
@@ -62,7 +62,7 @@ class Run:
 
     def refuse_untrained(self) -> None:
         """Raise Refused after a fit that has not trained on a single batch."""
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         if progress.started == 0 and self.trainer.max_steps != 0 and self.trainer.max_epochs != 0:
             raise Refused(
                 f"{type(self.model).__name__} was trained on no batch: each one that "
@@ -72,6 +72,14 @@ class Run:
     def has_test(self) -> bool:
         """Whether the model has a test step, and it or the data a loader for it."""
         return _has_test(self.model, self.data)
+
+    def test(self, checkpoint: str | None) -> dict[str, float]:
+        """Test a checkpoint; the metrics."""
+        source = data_with("test_dataloader", self.model, self.data)
+        parts = self.trainer.test(
+            self.model, datamodule=source, ckpt_path=checkpoint, verbose=False
+        )
+        return {name: value for part in parts for name, value in part.items()}
 
 
 def build(
@@ -166,7 +174,7 @@ def holds_whole_model(config: Config) -> bool:
 
 def build_model_and_data(
     config: Config,
-) -> tuple[pl.LightningModule, pl.LightningDataModule]:
+) -> tuple[pl.LightningModule, pl.LightningDataModule | None]:
     """Seed all generators, then build what is trained; its data are shared, where that is chosen.
 
     Raises Refused where one is not a LightningModule or LightningDataModule.
@@ -177,7 +185,7 @@ def build_model_and_data(
 
 def _make_model_and_data(
     config: Config,
-) -> tuple[pl.LightningModule, pl.LightningDataModule, DataHooks]:
+) -> tuple[pl.LightningModule, pl.LightningDataModule | None, DataHooks]:
     refuse_targets({group: config.plain[group] for group in ("model", "data", "sharing")})
     seed_all(config.seed)
     model, data = _make(config.plain["model"]), _make(config.plain["data"])
@@ -185,14 +193,19 @@ def _make_model_and_data(
         ("model", model, pl.LightningModule),
         ("data", data, pl.LightningDataModule),
     ):
-        if not isinstance(value, kind):  # a function has made it
+        if config.plain[key] is not None and not isinstance(value, kind):  # a function has made it
             made_by = config.plain[key]["_target_"]
             raise Refused(
                 f"{key}._target_ must make a {kind.__name__}, got {made_by}; type "
                 f"{key}._target_=package.Class"
             )
+    if data is None and not is_overridden("train_dataloader", model):
+        raise Refused(
+            f"data=none needs a model with loaders of its own, and {type(model).__name__} has no "
+            "train_dataloader; type data=custom data._target_=package.Class"
+        )
     hooks = DataHooks(model, data)
-    if config.sharing is not None:
+    if config.sharing is not None and data is not None:
         _make(config.plain["sharing"]).attach(data, config.plain)
     return model, data, hooks
 
@@ -206,12 +219,13 @@ def seed_all(seed: int) -> None:
 def collect_shared_data(config: Config, *, num_processes: int) -> "Packs | None":
     """The data as every rank will set them up, in shared memory; None where that is not chosen."""
     sharing = None if config.sharing is None else _make(config.plain["sharing"])
-    if sharing is None or not sharing.collects_before_start:
+    if sharing is None or config.data is None or not sharing.collects_before_start:
         return None
     model, data = build_model_and_data(config.but(sharing=None))
     stages = ["fit"]
     if config.test != "none" and _has_test(model, data):
         stages.append("test")
+    assert data is not None
     packs: Packs = sharing.collect(data, config.plain, stages=stages, num_processes=num_processes)
     return packs
 
@@ -241,11 +255,20 @@ def build_trainer(
     return trainer
 
 
-def _has_test(model: pl.LightningModule, data: pl.LightningDataModule) -> bool:
+def _has_test(model: pl.LightningModule, data: pl.LightningDataModule | None) -> bool:
     loader = "test_dataloader"
     return is_overridden("test_step", model) and (
         is_overridden(loader, model) or is_overridden(loader, data, pl.LightningDataModule)
     )
+
+
+def data_with(
+    loader: str, model: pl.LightningModule, data: pl.LightningDataModule | None
+) -> pl.LightningDataModule | None:
+    """What Lightning is to ask for a loader: the data, or None where only the model has it."""
+    if is_overridden(loader, data, pl.LightningDataModule) or not is_overridden(loader, model):
+        return data
+    return None
 
 
 def _make(config: Any) -> Any:

@@ -28,6 +28,10 @@ KINDS: Mapping[Any, str] = {
 }
 
 
+LOADERS_OF = {"validate": "val"}
+"""What the stages' loaders are called, where not as the stage."""
+
+
 def overridden(config: Mapping[str, Any], words: Sequence[str]) -> DictConfig:
     """The configuration of a run with other values.
 
@@ -125,12 +129,21 @@ def evaluate(config: Config, folder: RunFolder, *, stage: str, checkpoint: Path)
     with importing():
         import torch
 
-        from app.run.build import build_callbacks, build_model_and_data, build_trainer, seed_all
+        from app.run.build import (
+            build_callbacks,
+            build_model_and_data,
+            build_trainer,
+            data_with,
+            seed_all,
+        )
 
     refuse_targets(config.plain)
     model, data = build_model_and_data(config)
     callbacks = build_callbacks({**(config.plain["callbacks"] or {}), "checkpoint": None})
     trainer = build_trainer(config, callbacks=callbacks, loggers=[])
+    if data is not None:  # also a model with loaders of its own may ask it
+        trainer.datamodule, data.trainer = data, trainer  # type: ignore[attr-defined]
+    data = data_with(f"{LOADERS_OF.get(stage, stage)}_dataloader", model, data)
     seed_all(config.seed)
     # the techniques of the fit are not here: their work is in the weights
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")

@@ -27,14 +27,15 @@ class DataHooks:
     what data sharing has set.
 
     Args:
-        model, data: as they were made.
+        model, data: as they were made; None where the model has its loaders itself.
     """
 
-    def __init__(self, model: pl.LightningModule, data: pl.LightningDataModule) -> None:
+    def __init__(self, model: pl.LightningModule, data: pl.LightningDataModule | None) -> None:
         self._model = model
         self._own = [
             (owner, {name: vars(owner)[name] for name in HOOKS if name in vars(owner)})
             for owner in (model, data)
+            if owner is not None
         ]
         self._layers: list[Layer] = []
         for name in LOADERS:

@@ -1,5 +1,6 @@
 """What the user sees while a run goes on: a line per epoch, and in a terminal a bar below."""
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -8,10 +9,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from app.accumulate import Accumulation
 from app.config import describe
-from app.parallel.split import micro_batch_size, share_of
+from app.parallel.split import micro_batch_size, samples_of_epoch, share_of
 
 
 def progress(*, refresh_every_n_batches: int) -> pl.Callback:
@@ -74,9 +76,14 @@ class StartTable(pl.Callback):
         accumulation = next((c for c in callbacks if isinstance(c, Accumulation)), None)
         by_epoch, by_step = accumulation.schedules if accumulation else ({0: 1}, {0: 1})
         factors = [a * b for a in by_epoch.values() for b in by_step.values()]
-        micro = micro_batch_size(trainer.train_dataloader)
+        loaders = tree_leaves(trainer.train_dataloader)
+        each = [micro_batch_size(loader) for loader in loaders]
+        known = [size for size in each if size is not None]
+        micro = sum(known) if len(known) == len(each) else None
         world_size = share_of(trainer).size
-        effective = [micro * world_size * factor for factor in factors if micro]
+        served = _samples_served(trainer, loaders, micro) if len(loaders) == 1 else math.inf
+        effective = [_least(micro * world_size * factor, served) for factor in factors if micro]
+        sizes = " + ".join(map(str, known)) if micro else "unknown"
         self.batch = {
             "micro_batch": micro,
             "accumulation": _one_or_all(factors),
@@ -96,14 +103,35 @@ class StartTable(pl.Callback):
             *describe(self._config),
             (
                 "batch",
-                f"micro-batch {micro or 'unknown'} x accumulation {self.batch['accumulation']} "
-                f"x world size {world_size} = {self.batch['effective_batch'] or 'unknown'}",
+                f"micro-batch {sizes} x accumulation {self.batch['accumulation']} "
+                f"x world size {world_size} = {self.batch['effective_batch'] or 'unknown'}"
+                f"{_at_the_end(effective, served)}",
             ),
             ("length", f"{steps} optimizer steps of {parameters}"),
         ]
         if trainer.global_step:
             rows.append(("continues", f"after optimizer step {trainer.global_step}"))
         print("\n".join(f"{name:<12}{text}" for name, text in rows), flush=True)
+
+
+def _samples_served(trainer: pl.Trainer, loaders: list[Any], micro: int | None) -> float:
+    """Samples that an epoch trains on, with its limit; inf where they are not known."""
+    samples = samples_of_epoch(loaders[0])
+    if samples is None or micro is None:
+        return math.inf
+    return min(samples, trainer.num_training_batches * micro * share_of(trainer).size)
+
+
+def _least(step: int, served: float) -> int:
+    """Samples of a step: one ends with its epoch."""
+    return int(min(step, served))
+
+
+def _at_the_end(effective: list[int], served: float) -> str:
+    """What is said of a last step of an epoch that is smaller."""
+    if len(effective) != 1 or served == math.inf or served % effective[0] == 0:
+        return ""
+    return f", the last of an epoch {int(served) % effective[0]}"
 
 
 def _one_or_all(values: list[int]) -> int | list[int] | None:
