@@ -91,6 +91,8 @@ KEYS = {
     "trainer.devices=2 strategy=ddp",
 }
 COMBINATIONS = {
+    ("model=custom", "model._target_=theirs.LitModel", "data=none", "sharing=mmap"): "sharing "
+    "shares what a LightningDataModule sets up, and data=none has none; use sharing=none",
     ("scheduler=cosine", "optimizer=none"): "scheduler needs an optimizer whose rate it sets, and "
     "optimizer=none leaves the model its own; choose an optimizer, or use scheduler=none",
     ("scheduler=cosine", "trainer.max_epochs=null", "trainer.max_minutes=1"): "scheduler needs the "

@@ -25,6 +25,8 @@ from torch.utils.data import (
 from app.accumulate import ConstantAccumulation
 from app.errors import Refused
 from app.fit import train
+from app.launch.local import run_local
+from app.process.ranks import ranks
 from app.record.folder import RunFolder
 from app.run.build import Run, build
 from app.run.checkpoint import newest_intact
@@ -557,3 +559,125 @@ def test_da_again_a_second_loader_leaves_the_first_alone(
         cut = fit(config, cut_at=cut_at)
         assert cut.model.trained_on == whole.model.trained_on[begun : cut_at or num_batches]
         begun = cut_at or num_batches
+
+
+# -------------------------------------------------------------------------------- several processes
+
+
+def filtered(items: list[Any]) -> Any:
+    """A batch of the samples that could be read, and how many; None where there is none."""
+    items = [item for item in items if item is not None]
+    return {"x": torch.stack(items), "count": len(items)} if items else None
+
+
+class Unreadable(Dataset):
+    """Some of its samples cannot be read."""
+
+    def __init__(self, num_samples: int, gaps: list[int]) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(num_samples, 3, generator=generator).double()
+        self.gaps = gaps
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> Any:
+        return None if index in self.gaps else self.x[index]
+
+
+class Line(pl.LightningModule):
+    """Linear, in float64; notes which samples it is trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(3, 1).double()
+        self.trained_on: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.trained_on.append(batch["x"][:, 0].tolist())
+        return self.net(batch["x"]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Lossy(pl.LightningDataModule):
+    """Serves what can be read, in an order that it draws."""
+
+    def __init__(self, num_samples: int, gaps: list[int], batch_size: int, shuffle: bool) -> None:
+        super().__init__()
+        self.set, self.batch_size = Unreadable(num_samples, gaps), batch_size
+        self.shuffle = shuffle
+
+    def train_dataloader(self) -> Any:
+        assert self.trainer.world_size in (1, 2)
+        return DataLoader(self.set, self.batch_size, shuffle=self.shuffle, collate_fn=filtered)
+
+
+class Streams(pl.LightningDataModule):
+    """An iterable set, of which each rank serves all."""
+
+    def train_dataloader(self) -> Any:
+        stream = [{"x": row[None].double()} for row in torch.eye(3)]
+        return DataLoader(Wrapped(stream), batch_size=None)
+
+
+class Wrapped(IterableDataset):
+    """Any list, as a stream."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+
+LINE = ("model=custom", "model._target_=test_loaders.Line", "optimizer=none", "clip=none",
+        "logger=none", "callbacks.progress=null", "callbacks.checkpoint=null",
+        "trainer.accelerator=cpu", "trainer.max_epochs=2", "data=custom")  # fmt: skip
+LOSSY = "data._target_=test_loaders.Lossy"
+COUNTED = ("accumulate=constant", "accumulate.factor=3", "accumulate.weight_by=count")
+TOGETHER: dict[str, tuple[str, ...]] = {
+    "da-weights": (*COUNTED, LOSSY, "+data.num_samples=17", "+data.gaps=[]"),
+    "da-none": (*COUNTED, LOSSY, "+data.num_samples=24", "+data.gaps=[9,11,13,15]"),
+    "da-none, the first": (*COUNTED, LOSSY, "+data.num_samples=24", "+data.gaps=[1,3,5,7]"),
+    "da-none, no window": (LOSSY, "+data.num_samples=24", "+data.gaps=[1,3,5,7]"),
+    "da-order": (LOSSY, "+data.num_samples=24", "+data.gaps=[]"),
+    "da-iterable": ("data._target_=test_loaders.Streams",),
+}
+
+
+def come_to(configs: dict[str, Any]) -> dict[str, Any]:
+    """The weights of each, and which samples each step had, over all ranks."""
+    torch.set_num_threads(1)
+    found = {}
+    for name, config in configs.items():
+        run = build(config, [])
+        run.trainer.fit(run.model, datamodule=run.data)
+        every_rank = ranks().gathered(run.model.trained_on)
+        steps = [sorted({x for batch in step for x in batch}) for step in zip(*every_rank)]
+        found[name] = [run.model.net.weight.tolist(), steps]
+    return found
+
+
+def test_da_weights_da_none_da_order_da_iterable_two_ranks_are_one_process(
+    checked: Callable[..., Any],
+) -> None:
+    def configs(num: int) -> dict[str, Any]:
+        ways = {name: (*LINE, *typed) for name, typed in TOGETHER.items()}
+        more = (f"trainer.devices={num}", *(["strategy=ddp"] if num > 1 else []))
+        for name, typed in ways.items():
+            if LOSSY in typed:
+                shuffle = str(name == "da-order").lower()
+                typed = (*typed, f"+data.batch_size={8 // num}", f"+data.shuffle={shuffle}")
+            ways[name] = (*typed, *more)
+        return {name: checked(*typed) for name, typed in ways.items()}
+
+    alone = come_to(configs(1))
+    together = run_local(
+        come_to, configs(2), num_processes=2, start_method="forkserver", logging_config=None
+    )
+    for name, (weights, steps) in alone.items():
+        assert together[name][0][0] == pytest.approx(weights[0], abs=1e-9), name
+        if "none" not in name:
+            assert together[name][1] == steps, name
