@@ -98,17 +98,6 @@ def test_a_run_cut_twice_equals_the_uninterrupted_one(
     assert metrics[0] == metrics[1]
 
 
-def test_an_iterable_data_set_without_a_state_says_what_it_repeats(
-    checked: Callable[..., Any],
-) -> None:
-    config = checked(*THEIRS, "+data.stream=true", OFTEN, "model._target_=theirs.TwoOptimizers")
-    fit(config, cut_at=14)
-    with pytest.warns(
-        UserWarning, match="resuming in epoch 1: the iterable data set has no state_"
-    ):
-        fit(config, cut_at=None)
-
-
 def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_is_used(
     checked: Callable[..., Any], tmp_path: Path
 ) -> None:
