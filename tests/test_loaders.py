@@ -51,9 +51,10 @@ class Recorder(LitModel):
         self.trained_on: list[Any] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(batch) if leaf is not None]
-        x = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim == 2)
-        self.trained_on.append([leaf.tolist() for leaf in leaves if isinstance(leaf, torch.Tensor)])
+        leaves = torch.utils._pytree.tree_leaves(batch)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_sparse]
+        x = next(leaf for leaf in tensors if leaf.ndim == 2)
+        self.trained_on.append([leaf.tolist() for leaf in tensors])
         return self.net(x).square().mean()
 
     def configure_optimizers(self) -> Any:
@@ -679,7 +680,7 @@ def test_da_weights_da_none_da_order_da_iterable_two_ranks_are_one_process(
             assert together[name][1] == steps, name
 
 
-# ------------------------------------------------------------- what is in a batch, and how much of it
+# ----------------------------------------------------------- what is in a batch, and how much of it
 
 Named = namedtuple("Named", "x names")
 
