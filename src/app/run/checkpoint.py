@@ -265,7 +265,7 @@ class Checkpoints(Checkpoint):
     def _judge_epoch(self, trainer: pl.Trainer, model: pl.LightningModule, monitor: str) -> None:
         if monitor in trainer.callback_metrics:
             self._keep_if_best(trainer, monitor)
-        elif self._has_validated or not trainer.enable_validation:
+        elif self._has_validated or not (trainer.enable_validation or "val" in monitor):
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             rank_zero_warn(
                 f"callbacks.checkpoint.monitor={monitor} is not logged by "
