@@ -81,7 +81,7 @@ class Steps:
 
 @dataclass(kw_only=True)
 class Plateau:
-    """Multiply by `factor` after `patience` validations without an improvement."""
+    """Multiply by `factor` after `patience` measurements without an improvement."""
 
     _target_: str = "app.optim.Plateau"
     monitor: str | None = text(instead="type {key}=val_loss")
@@ -91,7 +91,7 @@ class Plateau:
     factor: float = number(at_least=0, at_most=1, rule=SHARE, instead="type {key}=0.5")
     """0 to 1."""
     patience: int = count(at_least=0, instead="type {key}=3")
-    """Epochs, >= 0."""
+    """Epochs that have measured the metric, >= 0."""
 
 
 PRESETS = {

@@ -152,7 +152,7 @@ class Steps:
 
 
 class Plateau:
-    """Multiply by `factor` after `patience` epochs in which `monitor` did not improve."""
+    """Multiply by `factor` after `patience` measured epochs in which `monitor` did not improve."""
 
     def __init__(self, *, monitor: str, mode: str, factor: float, patience: int) -> None:
         self.monitor = monitor
