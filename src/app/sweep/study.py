@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from app.cli import TaskOfCommand
 from app.errors import JobsFailed, RankFailed, Refused
+from app.monitored import followed
 from app.process.files import write_atomically
 from app.record.trials import PRUNED, STORAGE, STUDY, may_be_reported, open_study, url
 from app.sweep.folder import SweepFolder
@@ -51,7 +52,12 @@ class Trials:
             raise Refused("objective is required with sweep=optuna; type objective=val_loss")
         assert isinstance(task, TaskOfCommand)
         task.has_begun = True
-        self._settings, self._config = settings, config
+        self._settings, self._config = settings, followed(config)
+        if self._config.direction is None:
+            raise Refused(
+                f"direction must be minimize or maximize where objective={config.objective}, a "
+                "name that does not tell which values are better, got null; type direction=maximize"
+            )
         self._params = [f"{key}={swept}" for key, swept in (params or {}).items()]
         self._launcher = Plugins.instance().instantiate_launcher(
             config=config, hydra_context=context, task_function=_Trial(task.task)
