@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from scheduled import Scheduled
+from torchmetrics import MeanMetric
 
 PEAK = (0.5, 0.75, 0.625, 0.25, 0.5, 0.5, 0.5)
 
@@ -64,3 +65,20 @@ class Configured(FailsInTest):
 
     def configure_callbacks(self) -> Any:
         return EarlyStopping("val_acc", mode="max", patience=1)
+
+
+class Logs(Scheduled):
+    """Logs as others do: metrics of torchmetrics, other reductions, and not in every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = MeanMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.mean.update(loss.detach())
+        self.log("metric_loss", self.mean, on_step=False, on_epoch=True)
+        self.log("worst_loss", loss.detach(), on_step=False, on_epoch=True, reduce_fx="max")
+        if batch_idx < 2:
+            self.log("first_loss", loss.detach(), on_step=False, on_epoch=True)
+        return loss

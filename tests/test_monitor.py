@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning import pytorch as pl
 from monitored import FailsInTest
-from test_schedules import BASE, CutAt, fit
+from test_schedules import BASE, CutAt, equal_after_cuts, fit
 
 from app.errors import Refused
 from app.fit import train
@@ -257,3 +257,9 @@ def test_be_stop_a_signal_in_the_last_validation(checked: Callable[..., Any]) ->
     last = torch.load(run.checkpoints()["last"], weights_only=True)
     assert last["has_ended"]
     assert "val_acc" in last["metrics"]
+
+
+def test_be_train_metric_what_an_epoch_has_logged_continues(
+    checked: Callable[..., Any], tmp_path: Path
+) -> None:
+    equal_after_cuts(checked, tmp_path, "model._target_=monitored.Logs")
