@@ -29,12 +29,12 @@ from presets import built, checked
 from side_by_side import Contestant, in_turns, show, sized
 from torch import Tensor
 
-from app.data.position import ResumableLoader
 from app.models.mlp import Mlp
 from app.record.loggers import MetricsCsv
+from app.resume.exact import ExactResume
+from app.resume.position import ResumableLoader
 from app.run.build import build_callbacks, build_trainer
 from app.run.metrics import StepMetrics
-from app.run.resume import ExactResume
 from app.run.trainer import Trainer
 
 ROUNDS = 21

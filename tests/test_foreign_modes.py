@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from app.launch.local import run_local
 from app.parallel.data_parallel import DataParallel
-from app.run.resume import ExactResume
+from app.resume.exact import ExactResume
 
 pytestmark = [
     *warnings_of_lightning,

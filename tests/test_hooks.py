@@ -14,9 +14,9 @@ from torchmetrics import MeanMetric
 
 from app.fit import built, train
 from app.record.folder import RunFolder
+from app.resume.exact import ExactResume
+from app.resume.hooks import HOOKS, DataHooks
 from app.run.build import build
-from app.run.hooks import HOOKS, DataHooks
-from app.run.resume import ExactResume
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ from app.fit import train
 from app.monitored import mode_of
 from app.process.asked import asked
 from app.record.folder import RunFolder
+from app.resume.hooks import switch_on
 from app.run.build import build as built
-from app.run.hooks import switch_on
 from app.run.signals import ASKS, StopsOnSignal
 
 LOWER = ("val_loss", "val/loss", "loss", "val_rmse", "test-WER", "val.ppl", "valid_loss_epoch",

@@ -46,7 +46,7 @@ QUIET: Any = {"logger": False, "barebones": True}
 
 HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
     "._batches_that_stepped": (
-        "run/unfinished.py run/metrics.py",
+        "resume/unfinished.py run/metrics.py",
         "that a line of the step metrics, and one that waits in a checkpoint, has Lightning's step",
         lambda: _of(lambda: pl.Trainer(**QUIET).fit_loop.epoch_loop, "_batches_that_stepped"),
     ),
@@ -56,7 +56,7 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _of(lambda: torch.nn.BatchNorm1d(1), "_buffers"),
     ),
     "._computed": (
-        "run/unfinished.py",
+        "resume/unfinished.py",
         "that a mean over a continued epoch is taken anew when its first part joins it",
         lambda: _of(torchmetrics.MeanMetric, "_computed"),
     ),
@@ -76,12 +76,12 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _of(ModelParallelStrategy, "_layer_sync"),
     ),
     "._data_fetcher": (
-        "run/resume.py",
+        "resume/exact.py",
         "that the batch which is asked for ahead is the one behind the checkpoint",
         lambda: _of(lambda: pl.Trainer(logger=False, accelerator="cpu").fit_loop, "_data_fetcher"),
     ),
     "._iterator": (
-        "averaging/norms.py data/position.py",
+        "averaging/norms.py resume/position.py",
         "that the second loader over the same data has workers of its own",
         lambda: DataLoader(torch.zeros(1))._iterator is None,
     ),
@@ -101,7 +101,7 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _of(lambda: pl.Trainer().validate_loop, "_max_batches"),
     ),
     "._module_mode": (
-        "run/modes.py",
+        "resume/modes.py",
         "that a checkpoint of a validation holds the modes of training",
         lambda: pl.Trainer().validate_loop._module_mode.mode == {},
     ),
@@ -116,7 +116,7 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _of(lambda: torch.nn.Linear(1, 1), "_non_persistent_buffers_set"),
     ),
     "._results": (
-        "parallel/data_parallel.py run/unfinished.py",
+        "parallel/data_parallel.py resume/unfinished.py",
         "that what is logged in an evaluation is weighted by the samples of the batch, and that a "
         "mean over a continued epoch is over all of it",
         lambda: (
@@ -125,7 +125,7 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         ),
     ),
     "._schedulers": (
-        "tuner/rates.py",
+        "throwaway/rates.py",
         "that a rate found at a milestone reaches schedules that are in others",
         lambda: _of(
             lambda: torch.optim.lr_scheduler.ChainedScheduler(
@@ -152,7 +152,7 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _of(pl.LightningModule, "_trainer"),
     ),
     "._update_count": (
-        "run/unfinished.py",
+        "resume/unfinished.py",
         "that a metric of a continued epoch knows that it was updated",
         lambda: _of(torchmetrics.MeanMetric, "_update_count"),
     ),
@@ -192,7 +192,7 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _in("torch.nn.modules.batchnorm", "_NormBase"),
     ),
     "torch.utils._pytree": (
-        "averaging/norms.py data/position.py parallel/data_parallel.py run/progress.py "
+        "averaging/norms.py resume/position.py parallel/data_parallel.py run/progress.py "
         "throwaway/samples.py",
         "that what a batch, or a model, holds is found in any nest of containers",
         lambda: _in("torch.utils._pytree", "tree_map"),

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import SGD, Adam, lr_scheduler
 from torch.optim.swa_utils import SWALR
 
-from app.tuner.rates import scale_rates
+from app.throwaway.rates import scale_rates
 
 
 def trainer_of(*schedules: Any, optimizer: Any, model: Any = None) -> Any:

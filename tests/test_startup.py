@@ -39,8 +39,8 @@ app.averaging.shadow app.averaging.twin app.blocks app.clip app.data app.data.in
 app.data.mnist1d app.models app.models.classifier app.models.cnn1d app.optim
 app.parallel.data_parallel app.parallel.sharded app.parallel.split app.precision app.process.intact
 app.process.random_state app.record.loggers app.record.names app.record.result app.run
-app.run.beside app.run.build app.run.checkpoint app.run.hooks app.run.measured app.run.metrics
-app.run.progress app.run.resume app.run.signals app.run.trainer app.strategy
+app.run.beside app.run.build app.run.checkpoint app.resume.hooks app.run.measured app.run.metrics
+app.run.progress app.resume.exact app.run.signals app.run.trainer app.strategy
 """
 """Ours, of the default run, beside those."""
 

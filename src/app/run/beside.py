@@ -12,7 +12,7 @@ from app.averaging import Averaging
 from app.clip import Clip
 from app.config import LIGHTNINGS, OF_LIGHTNING
 from app.errors import Refused
-from app.run.hooks import switch_off_inherited
+from app.resume.hooks import switch_off_inherited
 
 TECHNIQUES = {"accumulate": Accumulation, "averaging": Averaging, "clip": Clip}
 """Of ours, by their groups."""

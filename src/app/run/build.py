@@ -15,20 +15,20 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from app.accumulate import Accumulation
 from app.clip import Clip
 from app.config import Config, is_single
-from app.data.position import refuse_empty
 from app.errors import Refused
 from app.optim import Schedules, configure_optimizers
 from app.parallel.data_parallel import DataParallel
 from app.parallel.sharded import Sharded
 from app.process.targets import refuse_targets
 from app.record.loggers import MetricsCsv, NoLogger
+from app.resume.exact import ExactResume
+from app.resume.hooks import DataHooks
+from app.resume.position import refuse_empty
 from app.run.beside import checked, refuse_beside, refuse_lightnings
 from app.run.checkpoint import CheckpointFiles, Checkpoints
-from app.run.hooks import DataHooks
 from app.run.measured import Measured, keeper, measured
 from app.run.metrics import AwaitedMetrics, StepMetrics, awaited_metrics
 from app.run.raw import ClipsRaw
-from app.run.resume import ExactResume
 from app.run.trainer import Trainer
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from app.optim import Watched, epochs_done
 from app.process.files import replacing, sync_folder
 from app.process.intact import Checked, refuse_damaged
 from app.record.loggers import MetricsCsv
-from app.run.hooks import after_batch
-from app.run.resume import ExactResume
+from app.resume.exact import ExactResume
+from app.resume.hooks import after_batch
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 

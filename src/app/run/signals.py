@@ -15,11 +15,11 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import distributed
 from torch.utils.data import DataLoader
 
-from app.data.position import ResumableLoader
 from app.process.asked import HEEDED, asked
+from app.resume.exact import ExactResume
+from app.resume.hooks import after_batch, switch_off, switch_on
+from app.resume.position import ResumableLoader
 from app.run.checkpoint import Checkpoints, validation_is_due
-from app.run.hooks import after_batch, switch_off, switch_on
-from app.run.resume import ExactResume
 
 SHARE_OF_TIME = 0.01
 """Of a training step, which the ranks may spend on asking each other."""

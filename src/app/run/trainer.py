@@ -22,7 +22,7 @@ from app.averaging import AveragingTrainer
 from app.errors import Refused
 from app.precision import use_matmul
 from app.process.ranks import LOOPBACK, keep_to_loopback, started_elsewhere, store_at
-from app.run.hooks import switch_off_inherited
+from app.resume.hooks import switch_off_inherited
 
 THREADS_PER_CORE = 8
 """More than these wait for each other, for minutes, in each operation."""

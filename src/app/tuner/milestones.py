@@ -13,13 +13,13 @@ from app.config import Config
 from app.errors import Refused
 from app.parallel.split import share_of
 from app.process.ranks import ranks
+from app.throwaway.rates import scale_rates
 from app.throwaway.trace import left_as_found
 from app.tuner.find import batch_size_of, say
 from app.tuner.keys import BATCH_SIZE_KEYS, tuned_key
 from app.tuner.lr import range_test
 from app.tuner.lr_rules import suggest
 from app.tuner.plots import draw_batch_size, draw_lr
-from app.tuner.rates import scale_rates
 
 if TYPE_CHECKING:
     from conf.tuner.schema import BatchSize, LearningRate

@@ -8,12 +8,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from app.data.position import ResumableLoader, resumable
 from app.parallel.split import share_of
 from app.process.random_state import draw_apart, random_state, set_random_state
-from app.run.hooks import switch_off
-from app.run.modes import modes_of, set_modes, set_trained
-from app.run.unfinished import Unfinished
+from app.resume.hooks import switch_off
+from app.resume.modes import modes_of, set_modes, set_trained
+from app.resume.position import ResumableLoader, resumable
+from app.resume.unfinished import Unfinished
 
 
 class ExactResume(pl.Callback):

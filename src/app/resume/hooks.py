@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from app.data.position import asked_by
+from app.resume.position import asked_by
 
 Layer = Callable[[str, Any], Any]
 """Makes of a hook's name and the loaders that it returned what is used instead."""
