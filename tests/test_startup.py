@@ -22,7 +22,7 @@ OF_LIGHTNING = {
 """Of these, what torch and Lightning import where it is installed."""
 
 SHOWN = """
-app app.cli app.conf app.config app.errors app.parallel app.parallel.sizes
+app app.cli app.conf app.config app.errors app.monitored app.parallel app.parallel.sizes
 """
 """Ours, of a command that only shows a configuration; without the schemas of its groups."""
 
@@ -34,13 +34,14 @@ app.record.folder app.record.states app.tuner app.tuner.answers app.tuner.keys
 """Ours, of a command that checks one, beside those."""
 
 TRAINED = """
-app.accumulate app.averaging app.averaging.engine app.averaging.files app.averaging.rules
-app.averaging.shadow app.averaging.twin app.blocks app.clip app.data app.data.in_memory
-app.data.mnist1d app.models app.models.classifier app.models.cnn1d app.optim
-app.parallel.data_parallel app.parallel.sharded app.parallel.split app.precision app.process.intact
-app.process.random_state app.record.loggers app.record.names app.record.result app.run
-app.run.beside app.run.build app.run.checkpoint app.resume.hooks app.run.measured app.run.metrics
-app.run.progress app.resume.exact app.run.signals app.run.trainer app.strategy
+app.accumulate app.averaging app.averaging.apart app.averaging.engine app.averaging.files
+app.averaging.norms app.averaging.rules app.averaging.shadow app.averaging.validation app.blocks
+app.clip app.data app.data.in_memory app.data.mnist1d app.models app.models.classifier
+app.models.cnn1d app.optim app.parallel.data_parallel app.parallel.sharded app.parallel.split
+app.precision app.process.intact app.process.random_state app.record.loggers app.record.names
+app.record.result app.resume app.resume.exact app.resume.hooks app.resume.modes app.resume.position
+app.resume.unfinished app.run app.run.beside app.run.build app.run.checkpoint app.run.measured
+app.run.metrics app.run.progress app.run.raw app.run.signals app.run.trainer app.strategy
 """
 """Ours, of the default run, beside those."""
 
