@@ -65,8 +65,9 @@ class Trace(pl.Callback):
         for optimizer in trainer.optimizers:
             optimizer.register_step_post_hook(self._note)
 
-    def _note(self, *args: Any) -> None:
-        self._stepped = True
+    def _note(self, optimizer: Any, *args: Any) -> None:
+        groups = optimizer.param_groups
+        self._stepped |= any(p.grad is not None for group in groups for p in group["params"])
 
     def on_train_batch_start(self, trainer: Any, model: Any, batch: Any, batch_idx: int) -> None:
         wide = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.is_floating_point()]
@@ -274,8 +275,9 @@ def averages_are_by_hand(row: Row, folder: Path, draw: random.Random) -> None:
         pl.seed_everything(42, verbose=False)
         data = None if row.data == "none" else instantiate(config.plain["data"])
         trainer = pl.Trainer(
-            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
-        )
+            accelerator="cpu", default_root_dir=folder, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
         found = trainer.validate(loaded, datamodule=data, verbose=False)
         said = json.loads((path / "validate.json").read_text())["metrics"]
         for name, value in (item for part in found for item in part.items()):

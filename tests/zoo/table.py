@@ -30,8 +30,10 @@ class Row:
 DRAWS = {"c": "ranks draw numbers of their own", "e": "a micro-batch draws as a batch does"}
 STATISTICS = {"c": "of a rank's share", "e": "of a micro-batch"}
 MANUAL = {"e": "steps its own optimizers"}
-OTHER_ONES = dict.fromkeys("ce", "smaller batches are broken elsewhere")
-EMPTY = dict.fromkeys("abcdef", "no batch")
+OTHER_ONES = dict.fromkeys("ce", "of smaller batches it leaves out others")
+WHOLE = dict.fromkeys("ce", "batches are drawn whole: smaller ones come in another order")
+NO_MEAN = dict.fromkeys("ce", "a weighted mean of a batch is not that of its parts")
+EMPTY = dict.fromkeys("abcdef", "must serve a batch")
 SEQUENTIAL = dict.fromkeys("abcdef", "sequential")
 
 ROWS: dict[str, Row] = {
@@ -65,10 +67,10 @@ ROWS: dict[str, Row] = {
     "warms up in optimizer_step": Row(model="WarmsUpByHand"),
     "parameter groups, OneCycleLR": Row(model="Groups"),
     "clips in its own hook": Row(model="ClipsItself"),
-    "steps without a loss": Row(model="SkipsSteps"),
+    "steps without a loss": Row(model="SkipsSteps", apart=OTHER_ONES),
     "a step returns a dict": Row(model="ReturnsDict"),
     # what a model looks at, and logs
-    "asks the trainer": Row(model="LooksAround"),
+    "asks the trainer": Row(model="LooksAround", apart=NO_MEAN),
     "draws into its logger": Row(model="Draws"),
     "slash names": Row(model="Slashes", typed=("callbacks.checkpoint.monitor=val/loss",)),
     "torchmetrics": Row(model="Metrics"),
@@ -81,7 +83,7 @@ ROWS: dict[str, Row] = {
     "SubsetRandomSampler": Row(data="Subset"),
     "WeightedRandomSampler": Row(data="Weighted"),
     "a sampler's own generator": Row(data="Generated"),
-    "batch_sampler with set_epoch": Row(data="Bucketed"),
+    "batch_sampler with set_epoch": Row(data="Bucketed", apart=WHOLE),
     "batch_size=None": Row(data="Unbatched"),
     "iterable": Row(data="Streamed"),
     "iterable with a length": Row(data="SizedStreamed"),

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
+from app.data.in_memory import generator_of
 from app.errors import Refused
 from app.parallel.split import SharedSampler, copied
 from app.process.random_state import random_state, sampling_state, set_random_state
@@ -39,7 +40,8 @@ class ResumableLoader:
     stood. What is not map-style may serve other batches the second time, and says so.
 
     The fit iterates it through a CombinedLoader, and its iterating begins when the first batch is
-    asked for. Whoever else iterates it gets batches of its own, and the position stays.
+    asked for: of all loaders that make a step, in their order, as in stock Lightning. Whoever else
+    iterates it gets batches of its own, and the position stays.
 
     Args:
         fillers: where a batch that is None is to be taken down, and the one before it served in
@@ -49,11 +51,17 @@ class ResumableLoader:
 
     Attributes:
         waits: whether it is not iterated before an epoch has started.
+        beside: the loaders that make a step, itself among them.
     """
 
     def __init__(self, loader: Any, *, asks_ahead: bool, fillers: set[int] | None = None) -> None:
         self.loader = without_persistent_workers(loader)
         self.waits = False
+        self.beside = [self]
+        self._kept_workers = self.loader is not loader
+        self._num_begun = 0
+        self._is_asked = False  # for an epoch that has not begun
+        self._begun_ahead: Iterator[Any] | None = None
         self._asks_ahead = asks_ahead
         self._fillers = fillers
         self._made_with = _counters(self.loader)
@@ -89,6 +97,7 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[Any]:
         if asked_by(CombinedLoader.__module__):
+            self._is_asked = True
             return self._served()
         if asked_by(data_connector.__name__) and isinstance(self.loader, DataLoader):
             return iter(())  # it tries whether what is no DataLoader can be iterated
@@ -98,13 +107,21 @@ class ResumableLoader:
         if self.waits:  # for its epoch to start: Lightning has asked too early, and drops this
             yield None
             return
-        restored, self._restored = self._restored, None
-        batches = self._begun() if restored is None else self._found(restored)
+        restored = self._restored
+        if self._begun_ahead is None:
+            is_inside = restored is not None and not restored["is_new_epoch"]
+            begin_all = not is_inside and all(one._is_asked for one in self.beside)
+            for one in self.beside if begin_all else [self]:
+                one._begin()
+        batches, self._begun_ahead = self._begun_ahead, None
+        assert batches is not None
         keeps_last = self._asks_ahead or not (self._finds_itself or _is_map_style(self.loader))
         while True:
             if self._asks_ahead:
                 self._ahead = {**self._now(), "before_next": sampling_state()}
             drawn_from = sampling_state() if keeps_last else {}
+            if "first_drawn_from" not in self._start:
+                self._start["first_drawn_from"] = sampling_state()
             try:
                 batch = next(batches)
             except StopIteration:
@@ -120,18 +137,40 @@ class ResumableLoader:
                 self._last = {"drawn_from": drawn_from, "seen": seen(batch)}
             yield batch
 
+    def _begin(self) -> None:
+        restored, self._restored = self._restored, None
+        self._is_asked = False
+        self._begun_ahead = self._begun() if restored is None else self._found(restored)
+
     def _begun(self) -> Iterator[Any]:
-        self._start = {"epoch_start": random_state(), "held_start": self._held()}
+        self._start = {
+            "epoch_start": random_state(),
+            "held_start": self._held(),
+            "num_begun": self._num_begun,
+        }
         self._num_served = 0
         self._last = {}
+        batches = self._iterated()
+        self._num_begun += 1
         if self._fillers is None:
-            return iter(self.loader)
+            return batches
         self._fillers.clear()
-        return filled(iter(self.loader), self._fillers)
+        return filled(batches, self._fillers)
+
+    def _iterated(self) -> Iterator[Any]:
+        if not self._kept_workers or self._num_begun == 0:
+            return iter(self.loader)
+        own = self.loader.generator  # kept workers would not draw a seed again
+        self.loader.generator = generator_of(torch.initial_seed(), self._num_begun)
+        try:
+            return iter(self.loader)
+        finally:
+            self.loader.generator = own
 
     def _found(self, restored: dict[str, Any]) -> Iterator[Any]:
         """The batches behind a position."""
         after = random_state()
+        self._num_begun = restored["num_begun"]
         if restored["is_new_epoch"]:
             if "loader" not in restored:
                 self._hold(restored["held"])  # again: Lightning has tried whether it can iterate
@@ -146,6 +185,8 @@ class ResumableLoader:
         self._hold(restored["held_start"])
         set_random_state(restored["epoch_start"])
         batches = self._begun()
+        self._start["first_drawn_from"] = restored["first_drawn_from"]
+        set_random_state(restored["first_drawn_from"])
         if "loader" not in restored:
             if not self._drops(batches, restored):
                 batches = self._begun()
@@ -199,7 +240,7 @@ class ResumableLoader:
         keeps_data = hasattr(getattr(self.loader, "dataset", self.loader), "state_dict")
         if mid_epoch or (self._finds_itself and keeps_data):
             return {**self._now(), "is_new_epoch": not mid_epoch}
-        return {"held": self._held(), "is_new_epoch": True}
+        return {"held": self._held(), "is_new_epoch": True, "num_begun": self._num_begun}
 
     def restore(self, position: Mapping[str, Any], *, epoch: int) -> None:
         """Go on from what `position` returned with the next batch asked for."""
@@ -261,6 +302,8 @@ def resumable(loaders: Any, fillers: set[int] | None = None) -> tuple[Any, list[
         loaders = CombinedLoader(loaders, "max_size_cycle")
     asks_ahead = any(sized_len(loader) is None for loader in loaders.flattened)
     found = [ResumableLoader(loader, asks_ahead=asks_ahead) for loader in loaders.flattened]
+    for loader in found:
+        loader.beside = found
     loaders.flattened = found
     return loaders, found
 
