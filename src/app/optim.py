@@ -265,7 +265,10 @@ class Due(int):
         """Step as Lightning would have after the checkpoint that the fit continues from."""
         value = self._trainer.callback_metrics.get(str(self._config.monitor))
         if 0 % self == 0 and value is not None:
+            progress = self._trainer.fit_loop.epoch_loop.scheduler_progress
+            progress.increment_ready()
             self._trainer.lightning_module.lr_scheduler_step(self._config.scheduler, value)
+            progress.increment_completed()
 
     def state_dict(self) -> dict[str, Any]:
         """What a continued fit needs, in plain values."""

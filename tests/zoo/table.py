@@ -33,6 +33,7 @@ MANUAL = {"e": "steps its own optimizers"}
 OTHER_ONES = dict.fromkeys("ce", "of smaller batches it leaves out others")
 WHOLE = dict.fromkeys("ce", "batches are drawn whole: smaller ones come in another order")
 NO_MEAN = dict.fromkeys("ce", "a weighted mean of a batch is not that of its parts")
+UNSPLIT = {"c": "cannot be split from outside, which is said: each rank is to serve its own"}
 EMPTY = dict.fromkeys("abcdef", "must serve a batch")
 SEQUENTIAL = dict.fromkeys("abcdef", "sequential")
 
@@ -85,10 +86,10 @@ ROWS: dict[str, Row] = {
     "a sampler's own generator": Row(data="Generated"),
     "batch_sampler with set_epoch": Row(data="Bucketed", apart=WHOLE),
     "batch_size=None": Row(data="Unbatched"),
-    "iterable": Row(data="Streamed"),
-    "iterable with a length": Row(data="SizedStreamed"),
-    "a loader with a state": Row(data="WithState"),
-    "a loader by hand": Row(data="WithHandmade"),
+    "iterable": Row(data="Streamed", apart=UNSPLIT),
+    "iterable with a length": Row(data="SizedStreamed", apart=UNSPLIT),
+    "a loader with a state": Row(data="WithState", apart=UNSPLIT),
+    "a loader by hand": Row(data="WithHandmade", apart=UNSPLIT),
     "loaders of the model": Row(model="HasLoaders", data="none"),
     "several to validate": Row(
         data="SeveralToValidate",
