@@ -221,7 +221,7 @@ def batch_size(size: int, row: Row) -> str:
 
 def ranks_are_one(row: Row, folder: Path, draw: random.Random) -> None:
     weights, samples = weights_of(config_of(row, folder / "one", *AS_ONE, batch_size(8, row)))
-    two = ("strategy=ddp", "trainer.devices=2", *AS_ONE, batch_size(4, row))
+    two = ("strategy=ddp", "trainer.devices=2", *row.on_ranks, *AS_ONE, batch_size(4, row))
     shared = run_local(
         _on_rank, config_of(row, folder / "two", *two), folder,
         num_processes=2, start_method="forkserver", logging_config=None,

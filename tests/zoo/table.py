@@ -25,6 +25,7 @@ class Row:
     refused: dict[str, str] = field(default_factory=dict)
     apart: dict[str, str] = field(default_factory=dict)
     accumulated: tuple[str, ...] = ()  # typed with accumulation
+    on_ranks: tuple[str, ...] = ()  # typed with several ranks
 
 
 DRAWS = {"c": "ranks draw numbers of their own", "e": "a micro-batch draws as a batch does"}
@@ -45,10 +46,12 @@ ROWS: dict[str, Row] = {
     "state_dict renamed": Row(model="Renamed"),
     "state_dict migrated on load": Row(model="Migrated"),
     "buffers written in validation": Row(model="Threshold"),
-    "a queue and its pointer": Row(model="Queue", apart={"e": "follows each micro-batch"}),
+    "a queue and its pointer": Row(
+        model="Queue", apart=dict.fromkeys("ce", "keeps what each micro-batch, or rank, has seen")
+    ),
     "a teacher that follows": Row(model="Teacher", apart={"e": "follows each micro-batch"}),
     "tied weights": Row(model="Tied"),
-    "lazy layers": Row(model="Lazy"),
+    "lazy layers": Row(model="Lazy", refused={"c": "has no shape before the first batch"}),
     "running statistics": Row(model="Batchnorm", apart=STATISTICS),
     "dropout": Row(model="Dropout", apart=DRAWS),
     "draws in the test": Row(model="TestsWithNoise", apart=DRAWS),
@@ -61,10 +64,14 @@ ROWS: dict[str, Row] = {
     "weight_norm": Row(model="WeightNormed"),
     "complex, scalar, listed": Row(model="Odd"),
     # optimizers and steps
-    "GAN, two optimizers by hand": Row(model="Gan", refused=MANUAL),
-    "torch's optimizer by hand": Row(model="RawOptimizer", refused=MANUAL),
+    "GAN, two optimizers by hand": Row(
+        model="Gan", refused=MANUAL, on_ranks=("strategy=ddp_find_unused",)
+    ),
+    "torch's optimizer by hand": Row(
+        model="RawOptimizer", refused={**MANUAL, "c": "call self.manual_backward(loss)"}
+    ),
     "accumulates by hand": Row(model="AccumulatesItself", refused=MANUAL),
-    "LBFGS": Row(model="Lbfgs", refused={"e": "LBFGS"}),
+    "LBFGS": Row(model="Lbfgs", refused=dict.fromkeys("ce", "LBFGS")),
     "warms up in optimizer_step": Row(model="WarmsUpByHand"),
     "parameter groups, OneCycleLR": Row(model="Groups"),
     "clips in its own hook": Row(model="ClipsItself"),
@@ -102,7 +109,10 @@ ROWS: dict[str, Row] = {
     "dicts with texts": Row(model="ForDicts", data="Dicts"),
     "dataclasses": Row(model="ForDataclasses", data="Dataclasses"),
     "tokens": Row(
-        model="ForTokens", data="Texts", accumulated=("accumulate.weight_by=num_tokens",)
+        model="ForTokens",
+        data="Texts",
+        accumulated=("accumulate.weight_by=num_tokens",),
+        on_ranks=("accumulate=constant", "accumulate.factor=1", "accumulate.weight_by=num_tokens"),
     ),
     "batches that are None": Row(model="ForNone", data="Nones", apart=OTHER_ONES),
     "a dict of loaders": Row(model="ForSeveral", data="DictOfLoaders"),

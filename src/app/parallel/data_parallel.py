@@ -66,6 +66,16 @@ class DataParallel(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._asks = isinstance(trainer.model, DistributedDataParallel)
+        if trainer.world_size == 1:
+            return
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+            raise Refused(
+                "strategy cannot split the batches of LBFGS: each rank would end its search of a "
+                "step by a loss of its own; type strategy=single"
+            )
+        if self._asks and not pl_module.automatic_optimization:
+            for optimizer in trainer.optimizers:
+                compare_at_first_step(trainer, pl_module, optimizer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._asks = isinstance(trainer.model, DistributedDataParallel)
@@ -113,7 +123,7 @@ class DataParallel(pl.Callback):
             raise Refused(
                 f"{unfrozen[0]} of {type(pl_module).__name__} was unfrozen inside epoch "
                 f"{trainer.current_epoch}, and the ranks did not average its gradients; unfreeze "
-                "it in on_train_epoch_start, or type strategy=auto"
+                "it in on_train_epoch_start, or type strategy=single"
             )
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -214,6 +224,30 @@ def wrap_again(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     settle_buckets(strategy.model, pl_module)
     for parameter, gradient in open_window:
         parameter.grad = gradient
+
+
+def compare_at_first_step(
+    trainer: pl.Trainer, model: pl.LightningModule, optimizer: torch.optim.Optimizer
+) -> None:
+    """Raise Refused at the first step of an optimizer where the ranks would take another each.
+
+    A model that steps by hand averages its gradients by `manual_backward`, and by nothing else.
+    """
+
+    def compare(*args: Any) -> None:
+        handle.remove()
+        own = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        sums = [grad.detach().double().abs().sum() for grad in own if grad is not None]
+        mine = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
+        mean = mean_over_ranks(trainer, mine.to(trainer.strategy.root_device))
+        if not torch.isclose(mine.to(mean.device), mean, rtol=1e-6):
+            raise Refused(
+                f"the gradients of {type(model).__name__} differ between the ranks: its "
+                "training_step does not average them; call self.manual_backward(loss) in place of "
+                "loss.backward(), or type strategy=single"
+            )
+
+    handle = optimizer.register_step_pre_hook(compare)
 
 
 def rescale(parameters: Iterable[Tensor], scale: float | None) -> None:

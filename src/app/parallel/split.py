@@ -8,6 +8,8 @@ the step the mean over its samples all the same. Nothing is repeated and nothing
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import islice
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -146,10 +148,16 @@ class SharedSampler:
 
     def _drawn(self) -> list[Any]:
         state = ranks().first(sampling_state)
-        if ranks().is_first:
-            return list(self.sampler)
-        with under(state):
-            return list(self.sampler)
+        with nullcontext() if ranks().is_first else under(state):
+            return self._drawn_here()
+
+    def _drawn_here(self) -> list[Any]:
+        """As far as one process draws: behind that a sampler's own generator would go on."""
+        if self.batch_size is None or self.evaluates:
+            return list(islice(iter(self.sampler), len(self.sampler)))
+        step = self.batch_size * self.share.size
+        batches = BatchSampler(self.sampler, step, self.drop_last)
+        return [sample for batch in islice(iter(batches), len(self)) for sample in batch]
 
 
 def split(loader: Any, *, share: Share, evaluates: bool) -> tuple[Any, bool]:
