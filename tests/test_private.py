@@ -81,7 +81,7 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _of(lambda: pl.Trainer(logger=False, accelerator="cpu").fit_loop, "_data_fetcher"),
     ),
     "._iterator": (
-        "averaging/norms.py resume/position.py",
+        "parallel/split.py",
         "that the second loader over the same data has workers of its own",
         lambda: DataLoader(torch.zeros(1))._iterator is None,
     ),

@@ -1,6 +1,5 @@
 """The running statistics of an average's BatchNorms, computed anew from training batches."""
 
-import copy
 import inspect
 from itertools import chain, islice
 from typing import Any
@@ -12,25 +11,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader
 
 from app.averaging.apart import apart
 from app.errors import Refused
-from app.parallel.split import mean_over_ranks
+from app.parallel.split import mean_over_ranks, second_loader
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 STATISTICS = ("running_mean", "running_var")
-
-
-def second_loader(loader: Any) -> Any:
-    """A loader of the same data whose iteration leaves the position of the first alone."""
-    twin = copy.copy(loader)
-    for name in ("loader", "batch_sampler", "sampler", "generator"):
-        if vars(loader).get(name) is not None if hasattr(loader, "__dict__") else False:
-            vars(twin)[name] = second_loader(vars(loader)[name])
-    if isinstance(twin, DataLoader):
-        twin._iterator = None  # that of persistent workers
-    return twin
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 
 from app.averaging.apart import apart
-from app.averaging.norms import second_loader
 from app.parallel.data_parallel import DataParallel
+from app.parallel.split import second_loader
 
 HOOKS = [
     f"on_validation_{when}"

@@ -244,3 +244,17 @@ def _share_of(loader: Any) -> Share:
     """Of a loader that has been split."""
     found = getattr(getattr(loader, "batch_sampler", None), "share", None)
     return found if isinstance(found, Share) else WHOLE
+
+
+def second_loader(loader: Any) -> Any:
+    """A loader of the same data whose iteration leaves the position of the first alone."""
+    try:
+        twin = copy.copy(loader)
+    except TypeError:  # a generator, which there is once
+        return loader
+    for name in ("loader", "batch_sampler", "sampler", "generator"):
+        if getattr(loader, "__dict__", {}).get(name) is not None:
+            vars(twin)[name] = second_loader(vars(loader)[name])
+    if isinstance(twin, DataLoader):
+        vars(twin)["_iterator"] = None  # that of persistent workers
+    return twin

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from app.data.in_memory import generator_of
 from app.errors import Refused
-from app.parallel.split import SharedSampler, copied
+from app.parallel.split import SharedSampler, copied, second_loader
 from app.process.random_state import random_state, sampling_state, set_random_state
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class ResumableLoader:
             return self._served()
         if asked_by(data_connector.__name__) and isinstance(self.loader, DataLoader):
             return iter(())  # it tries whether what is no DataLoader can be iterated
-        return iter(second(self.loader))
+        return iter(second_loader(self.loader))
 
     def _served(self) -> Iterator[Any]:
         if self.waits:  # for its epoch to start: Lightning has asked too early, and drops this
@@ -110,7 +110,8 @@ class ResumableLoader:
         restored = self._restored
         if self._begun_ahead is None:
             is_inside = restored is not None and not restored["is_new_epoch"]
-            begin_all = not is_inside and all(one._is_asked for one in self.beside)
+            is_of_fit = any(one is self for one in self.beside)  # and no copy
+            begin_all = is_of_fit and not is_inside and all(one._is_asked for one in self.beside)
             for one in self.beside if begin_all else [self]:
                 one._begin()
         batches, self._begun_ahead = self._begun_ahead, None
@@ -379,20 +380,6 @@ def asked_by(module: str) -> bool:
     for _ in range(2):
         frame = frame.f_back if frame is not None else None
     return frame is not None and frame.f_globals.get("__name__") == module
-
-
-def second(loader: Any) -> Any:
-    """A loader of the same data whose iteration leaves the position of the first alone."""
-    try:
-        twin = copy.copy(loader)
-    except TypeError:  # a generator, which there is once
-        return loader
-    for name in ("loader", "batch_sampler", "sampler", "generator"):
-        if getattr(loader, "__dict__", {}).get(name) is not None:
-            vars(twin)[name] = second(vars(loader)[name])
-    if isinstance(twin, DataLoader):
-        vars(twin)["_iterator"] = None  # that of persistent workers
-    return twin
 
 
 def _name_of(loader: Any) -> str:

@@ -20,7 +20,7 @@ from app.accumulate import Accumulation
 from app.averaging import Averaging
 from app.config import Config
 from app.errors import Refused
-from app.record.silent import Silent
+from app.record.loggers import NoLogger
 from app.run.build import Run, build, build_callbacks, build_techniques
 from app.run.progress import EpochLines
 from app.run.signals import Listens
@@ -67,7 +67,7 @@ class ThrowawayTrainer(Trainer):
         folder = mkdtemp()
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         limits: Any = {"max_epochs": None, "max_steps": None, "max_minutes": None}
-        own = {"run_dir": Path(folder), "loggers": [Silent(Path(folder))]}
+        own = {"run_dir": Path(folder), "loggers": [NoLogger(save_dir=folder)]}
         super().__init__(**limits, **(settings | own))
 
     @property

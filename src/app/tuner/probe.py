@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from app.config import SINGLE, Config, is_single
 from app.process.ranks import ranks
-from app.record.silent import Silent
+from app.record.loggers import NoLogger
 from app.run.build import build_model_and_data, build_trainer, holds_whole_model
 from app.throwaway.run import Steps, fit, release_memory, throwaway
 from app.throwaway.samples import longest_first_of_all, shapes_of
@@ -164,7 +163,7 @@ def try_evaluation(config: Config, *, stage: str) -> None:
     """Run one batch of an evaluation: test, validate or predict."""
     model, data = build_model_and_data(config)
     with TemporaryDirectory() as folder:
-        trainer = build_trainer(config, callbacks=[], loggers=[Silent(Path(folder))])
+        trainer = build_trainer(config, callbacks=[], loggers=[NoLogger(save_dir=folder)])
         trainer.limit_test_batches = trainer.limit_val_batches = trainer.limit_predict_batches = 1
         if stage == "predict":
             trainer.predict(model, datamodule=data)
