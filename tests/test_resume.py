@@ -42,7 +42,7 @@ CASES = {
         f"zoo.models.{name}": (*THEIRS, f"model._target_=zoo.models.{name}", OFTEN,
                                "data._target_=zoo.loaders.Rows", *watched)
         for name, watched in {
-            "Slashes": ("callbacks.checkpoint.monitor=val/loss", "trainer.log_every_n_steps=2"),
+            "Slashes": ("trainer.log_every_n_steps=2",),
             "Metrics": (),
             "Teacher": (),
         }.items()

@@ -179,16 +179,16 @@ class Watched:
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.name = name
         self._before: Tensor | None = None
 
     def begin(self, trainer: pl.Trainer) -> None:
         """Note what is known before a validation."""
-        self._before = trainer.callback_metrics.get(self._name)
+        self._before = trainer.callback_metrics.get(self.name)
 
     def is_measured(self, trainer: pl.Trainer) -> bool:
         """Whether the validation has measured it."""
-        value, before = trainer.callback_metrics.get(self._name), self._before
+        value, before = trainer.callback_metrics.get(self.name), self._before
         if value is None or before is None:
             return value is not None
         return value.data_ptr() != before.data_ptr()  # Lightning gives a new view each time

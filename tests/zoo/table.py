@@ -80,7 +80,7 @@ ROWS: dict[str, Row] = {
     # what a model looks at, and logs
     "asks the trainer": Row(model="LooksAround", apart=NO_MEAN),
     "draws into its logger": Row(model="Draws"),
-    "slash names": Row(model="Slashes", typed=("callbacks.checkpoint.monitor=val/loss",)),
+    "slash names": Row(model="Slashes"),
     "torchmetrics": Row(model="Metrics"),
     "collects outputs": Row(model="Collects"),
     "callbacks of its own": Row(model="StopsItself"),

@@ -43,6 +43,15 @@ def counterpart(name: str, stage: str, known: Iterable[str]) -> str | None:
     return min(found, key=lambda one: (_form(one) != _form(name), one), default=None)
 
 
+def logged_as(name: str, known: Iterable[str]) -> str:
+    """The metric of a name as a model logs it: `val/loss` for `val_loss`; the name where none is,
+    or several are."""
+    known = list(known)
+    same = [one for one in known if stage_of(one) == stage_of(name) and stem(one) == stem(name)]
+    same = [one for one in same if one.startswith(RAW) == name.startswith(RAW)]
+    return same[0] if name not in known and len(same) == 1 else name
+
+
 def _form(name: str) -> str:
     """The name with a gap in place of the word for the data."""
     return STAGE.sub("\0", name, count=1)

@@ -25,6 +25,7 @@ from app.optim import Watched, epochs_done
 from app.process.files import replacing, sync_folder
 from app.process.intact import Checked, refuse_damaged
 from app.record.loggers import MetricsCsv
+from app.record.names import logged_as
 from app.resume.exact import ExactResume
 from app.resume.hooks import after_batch
 
@@ -162,7 +163,8 @@ class Checkpoints(Checkpoint):
 
     Args:
         dirpath: folder of the checkpoints.
-        monitor: metric of the validation or the training; None keeps no best one.
+        monitor: metric of the validation or the training, also where the model logs it with another
+            separator, `val/loss` for `val_loss`; None keeps no best one.
         mode: min or max: which values are better; None where there is no monitor.
         every_n_steps: also after this many optimizer steps, >= 1; None only at the epochs' ends.
         every_min: also after this many minutes, > 0; None only at the epochs' ends.
@@ -189,7 +191,7 @@ class Checkpoints(Checkpoint):
         self._late = False
         self._asked_again_at = 0
         self._resume: ExactResume | None = None
-        self._watched = Watched(monitor or "")
+        self._watched = Watched("")
         self._of_validation = False
         self._has_validated = False
 
@@ -227,15 +229,18 @@ class Checkpoints(Checkpoint):
             after_batch(pl_module, partial(self.save, trainer))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._watched.begin(trainer)
+        if self.monitor is not None:
+            self._watched = Watched(logged_as(self.monitor, trainer.callback_metrics))
+            self._watched.begin(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or self.monitor is None:
             return
         self._has_validated = True
-        if self._watched.is_measured(trainer):
+        name = logged_as(self.monitor, trainer.callback_metrics)
+        if self._watched.is_measured(trainer) or self._watched.name != name:
             self._of_validation = True
-            self._keep_if_best(trainer, self.monitor)
+            self._keep_if_best(trainer, name)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.monitor is not None and not self._of_validation:
@@ -263,8 +268,9 @@ class Checkpoints(Checkpoint):
             trainer.should_stop = True
 
     def _judge_epoch(self, trainer: pl.Trainer, model: pl.LightningModule, monitor: str) -> None:
-        if monitor in trainer.callback_metrics:
-            self._keep_if_best(trainer, monitor)
+        name = logged_as(monitor, trainer.callback_metrics)
+        if name in trainer.callback_metrics:
+            self._keep_if_best(trainer, name)
         elif self._has_validated or not (trainer.enable_validation or "val" in monitor):
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             rank_zero_warn(
