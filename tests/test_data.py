@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import presets_of
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,7 +20,7 @@ from app.data.mnist1d import FILE
 from app.errors import Refused
 
 CONF = Path(__file__).parents[1] / "conf"
-PRESETS = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if path.stem != "custom")
+PRESETS = presets_of("data")
 PARTS = ("train", "val", "test")
 NEEDED = {"graph": ["data.num_nodes=2000", "data.fanouts=[]"]}
 """What makes a preset small, and its samples rows of features."""
