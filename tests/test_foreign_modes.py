@@ -181,7 +181,7 @@ def trained_by_ranks(folder: str) -> Any:
         model = make()
         model.backbone.pop(2)
         trainer = trainer_for(
-            Path(folder), DataParallel(weighted=True), max_epochs=3,
+            Path(folder), DataParallel(weighted=True, accumulates=False), max_epochs=3,
             strategy=DDPStrategy(process_group_backend="gloo"), devices=2,
             use_distributed_sampler=False, num_sanity_val_steps=0,
         )  # fmt: skip

@@ -63,7 +63,7 @@ def test_a_pair_trains_or_is_refused(composed: Callable[..., Any], pair: tuple[s
     if "optimizer=none" in pair:
         small = [key for key in small if not key.startswith(("model.", "data."))] + theirs
         if "accumulate=effective" in pair:
-            small.append("accumulate.micro_batch_size=4")
+            small += ["accumulate.micro_batch_size=4", "+data.num_samples=80"]
     needed = [key for choice in pair for key in NEEDED.get(choice, [])]
     cfg = composed(*pair, *small, *needed)
     if is_refused(cfg):

@@ -39,7 +39,7 @@ CASES = {
     "theirs, kept workers": (*THEIRS, "+data.workers=2", "+data.persistent=true", OFTEN),
     "theirs, validation inside": (*THEIRS, "trainer.val_check_interval=0.5", OFTEN),
     **{
-        f"zoo.models.{name}": (*THEIRS, f"model._target_=zoo.models.{name}", OFTEN,
+        f"theirs, zoo.models.{name}": (*THEIRS, f"model._target_=zoo.models.{name}", OFTEN,
                                "data._target_=zoo.loaders.Rows", *watched)
         for name, watched in {
             "Slashes": ("trainer.log_every_n_steps=2",),

@@ -278,7 +278,7 @@ def test_da_iterable_a_stream_that_ends_bounds_the_size(
 
 @pytest.mark.filterwarnings("ignore:Total length of")
 def test_no_training_data_are_refused(made: Callable[..., Config]) -> None:
-    with pytest.raises(Refused, match="needs training data"):
+    with pytest.raises(Refused, match="must serve a batch, got none"):
         size_of(made(*of("Regressor", "NoPoints"), *BATCH))
 
 

@@ -7,6 +7,10 @@ class Refused(ValueError):  # noqa: N818  # reads as the sentence it is
     """What the user typed cannot be done; the text says what to type instead."""
 
 
+class NoBatch(Refused):
+    """There is nothing to train on."""
+
+
 class Unreadable(Refused):
     """A file is torn, or holds something else than its name says.
 

@@ -188,7 +188,7 @@ class MetricsCsv(NoLogger):
             again = not found.keys().isdisjoint(self._line)
         elif self._is_users(step, now):
             again = step != self._line.get("logged_step")
-            found["logged_step"], step = float(step), max(0, now - 1)
+            found["logged_step"], step = float(step), now
         if self._line and (again or self._line["step"] != step):
             self._close()
         self._line = {**self._line, **found, "step": int(step)}

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from app.data.in_memory import generator_of
-from app.errors import Refused
+from app.errors import NoBatch, Refused
 from app.parallel.split import SharedSampler, copied, second_loader
 from app.process.random_state import random_state, sampling_state, set_random_state
 
@@ -127,7 +127,7 @@ class ResumableLoader:
                 batch = next(batches)
             except StopIteration:
                 if not self._num_served and restored is None:
-                    raise Refused(
+                    raise NoBatch(
                         f"train_dataloader must serve a batch in each epoch, got none of "
                         f"{_name_of(self.loader)}; return what has samples and can be iterated "
                         "again, as a DataLoader can"
@@ -319,7 +319,7 @@ def refuse_empty(loaders: Any, limit: int | float | None) -> Any:
     for loader in loaders.flattened if is_combined else tree_leaves(loaders):
         num_batches = sized_len(loader)
         if num_batches == 0:
-            raise Refused(f"train_dataloader must serve a batch, got none: {_why_empty(loader)}")
+            raise NoBatch(f"train_dataloader must serve a batch, got none: {_why_empty(loader)}")
         if isinstance(limit, float) and num_batches and int(num_batches * limit) == 0:
             raise Refused(
                 f"trainer.limit_train_batches must leave one of the {num_batches} batches of an "

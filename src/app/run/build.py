@@ -117,7 +117,7 @@ def build(
         parallel.append(DataParallel(weighted=weighted, accumulates=accumulates))
         hooks.around_loaders(parallel[0].loaders)
         hooks.in_place_of("log", parallel[0].log(model, model.log))
-    limit = config.trainer.limit_train_batches
+    limit = config.plain["trainer"]["limit_train_batches"]
     hooks.around_training(partial(refuse_empty, limit=limit))
     if served is not None:
         hooks.around_training(served)

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 
 from app.config import SINGLE, Config, is_single
+from app.errors import NoBatch
 from app.process.ranks import ranks
 from app.record.loggers import NoLogger
 from app.run.build import build_model_and_data, build_trainer, holds_whole_model
@@ -130,15 +131,17 @@ class Attempt:
             num_ranks = shares(config.plain)
             config = config.but(strategy={"_target_": SINGLE})  # whose memory is the same
         timer = StepTimer(self._num_steps)
-        fit(
-            throwaway(
-                config,
-                steps=timer,
-                validates=True,
-                num_ranks=num_ranks,
-                served=longest_first_of_all,
-            )
+        run = throwaway(
+            config,
+            steps=timer,
+            validates=True,
+            num_ranks=num_ranks,
+            served=longest_first_of_all,
         )
+        try:
+            fit(run)
+        except NoBatch:
+            raise Untrained("no batch is served") from None
         if timer.num_steps == 0:
             raise Untrained("no batch is served")
         if timer.shapes is not None:
