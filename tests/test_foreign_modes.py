@@ -212,5 +212,5 @@ def test_st_frozen_ranks_average_what_is_trained_now(tmp_path: Path) -> None:
         assert all(alike.values()), alike
     assert found[3][0] == (
         "backbone.0.bias of Inside was unfrozen inside epoch 1, and the ranks did not average its "
-        "gradients; unfreeze it in on_train_epoch_start, or type strategy=auto"
+        "gradients; unfreeze it in on_train_epoch_start, or type strategy=single"
     )

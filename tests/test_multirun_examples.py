@@ -293,7 +293,7 @@ def test_a_study_whose_command_was_killed_counts_what_it_had_decided(tmp_path: P
 @WITH_OPTUNA
 @pytest.mark.slow
 def test_a_study_tolerates_failed_trials_but_not_only_failed_ones(tmp_path: Path) -> None:
-    printed = train(*STUDY, "objective=val_los", cwd=tmp_path, exit_code=2)
+    printed = train(*STUDY, "objective=val_los", "direction=minimize", cwd=tmp_path, exit_code=2)
     assert "type objective=val_loss" in printed.splitlines()[-1]
     assert not (tmp_path / "multirun/study/1").exists()
     diverging = [*STUDY, "clip=none", "model=mlp", "name=some", "sweep.num_trials=3"]

@@ -165,13 +165,14 @@ class MetricsCsv(NoLogger):
         """
         self._trainer, self._num_steps, self._waits = trainer, num_steps, True
 
-    def begin(self) -> None:
-        """Go on from where the trainer stands: lines behind it are written again.
+    def begin(self, *, inside_epoch: bool) -> None:
+        """Go on from where the trainer stands: lines from there on are written again.
 
-        It stands in the line of its last batch until the next one begins.
+        Args:
+            inside_epoch: whether it stands in the line of a batch, which stays.
         """
         if self._waits:
-            self._first_step, self._waits = self._num_steps() + 1, False
+            self._first_step, self._waits = self._num_steps() + inside_epoch, False
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:

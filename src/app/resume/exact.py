@@ -65,7 +65,11 @@ class ExactResume(pl.Callback):
         if self.repeats_validation:
             _rewind_validation(checkpoint)
         mine = {
-            **(self._before_validation if self.repeats_validation else self._now(trainer)),
+            **(
+                self._before_validation
+                if self.repeats_validation
+                else self._now(trainer, epoch_ends=not mid_epoch)
+            ),
             "positions": [
                 loader.position(mid_epoch=mid_epoch, is_ahead=mid_epoch and _is_ahead(trainer))
                 for loader in self._loaders
@@ -132,10 +136,11 @@ class ExactResume(pl.Callback):
 
     def note_before_validation(self, trainer: pl.Trainer) -> None:
         """Note the state before a validation draws random numbers, starts workers, or measures."""
-        self._before_validation = self._now(trainer)
+        self._before_validation = self._now(trainer, epoch_ends=False)
 
-    def _now(self, trainer: pl.Trainer) -> dict[str, Any]:
-        unfinished = self._unfinished.state(trainer, trainer.lightning_module)
+    def _now(self, trainer: pl.Trainer, *, epoch_ends: bool) -> dict[str, Any]:
+        model = trainer.lightning_module
+        unfinished = self._unfinished.state(trainer, model, epoch_ends=epoch_ends)
         return {"random_state": random_state(), "unfinished": unfinished}
 
 

@@ -24,10 +24,11 @@ class Unfinished:
         self.waiting: dict[str, dict[str, Any]] = {}
         """By what Lightning calls it: how it was logged, and, of a number, its sum so far."""
 
-    def state(self, trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, Any]:
+    def state(
+        self, trainer: pl.Trainer, model: pl.LightningModule, *, epoch_ends: bool
+    ) -> dict[str, Any]:
         """In plain values, of this rank; asked for between two batches, or at an epoch's end."""
         self.go_on(trainer)
-        epoch_ends = trainer.is_last_batch
         results = dict(_logged(trainer))
         # Lightning resets those which it was given, at the start of the next epoch
         given = {id(one.value) for one in results.values() if not one.is_tensor}
@@ -43,7 +44,11 @@ class Unfinished:
             key: _entry(one) for key, one in results.items()
             if one.meta.on_epoch and not one.has_reset and not one.meta.is_custom_reduction
         }  # fmt: skip
-        return {"metrics": metrics, "logged": logged, "line": _line_due(trainer, results)}
+        return {
+            "metrics": metrics,
+            "logged": logged,
+            "line": [] if epoch_ends else _line_due(trainer),
+        }
 
     def restore(
         self, trainer: pl.Trainer, model: pl.LightningModule, state: Mapping[str, Any]
@@ -123,11 +128,11 @@ def _copied(value: Any, device: torch.device | None = None) -> Any:
     return [_copied(item, device) for item in value] if isinstance(value, list) else value
 
 
-def _line_due(trainer: pl.Trainer, results: Mapping[str, Any]) -> list[Any]:
+def _line_due(trainer: pl.Trainer) -> list[Any]:
     """Optimizer step and values of what Lightning logs when the hooks of this batch are over."""
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     is_due = (step + 1) % trainer.log_every_n_steps == 0 or trainer.should_stop  # type: ignore[attr-defined]
-    if trainer.is_last_batch or not is_due or not results:
+    if not is_due:
         return []
     found = trainer.fit_loop.epoch_loop._results.metrics(on_step=True)["log"]
     line = {name: float(value) for name, value in found.items()}

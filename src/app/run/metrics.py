@@ -52,14 +52,14 @@ class StepMetrics(pl.Callback):
             if stage == "fit":
                 logger.follow(trainer, partial(_next_line, trainer))
             else:  # also after a fit of which nothing was left
-                logger.begin()
+                logger.begin(inside_epoch=_is_inside_epoch(trainer))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         self._sources = [c for c in callbacks if isinstance(c, HasStepMetrics)]
         self._every_n_steps = trainer.log_every_n_steps  # type: ignore[attr-defined]
         for logger in _csv_files(trainer):
-            logger.begin()
+            logger.begin(inside_epoch=_is_inside_epoch(trainer))
 
     def on_train_batch_end(
         self,
@@ -137,6 +137,11 @@ class StepMetrics(pl.Callback):
 def _next_line(trainer: pl.Trainer) -> int:
     """Number of the line that Lightning logs next, from 0: of the batches that may step."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _is_inside_epoch(trainer: pl.Trainer) -> bool:
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return bool(progress.processed < progress.ready)
 
 
 def _csv_files(trainer: pl.Trainer) -> list[MetricsCsv]:

@@ -14,7 +14,6 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from app.cli import TaskOfCommand
-from app.config import check
 from app.errors import JobsFailed, RankFailed, Refused
 from app.monitored import followed
 from app.process.files import write_atomically
@@ -55,7 +54,6 @@ class Trials:
         task.has_begun = True
         self._settings, self._config = settings, followed(config)
         if self._config.direction is None:
-            check(config)  # which refuses a metric that there is not
             raise Refused(
                 f"direction must be minimize or maximize where objective={config.objective}, a "
                 "name that does not tell which values are better, got null; type direction=maximize"
