@@ -24,6 +24,7 @@ from torch.utils.data import (
     TensorDataset,
     get_worker_info,
 )
+from torchmetrics import MeanMetric
 
 from app.accumulate import ConstantAccumulation
 from app.errors import Refused
@@ -678,6 +679,60 @@ def test_da_weights_da_none_da_order_da_iterable_two_ranks_are_one_process(
         assert together[name][0][0] == pytest.approx(weights[0], abs=1e-9), name
         if "none" not in name:
             assert together[name][1] == steps, name
+
+
+class Measured(Line):
+    """Validates batch by batch, and takes steps over two sets at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = MeanMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return sum(self.net(part["x"]).square().mean() for part in batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        loss, num = self.net(batch["x"]).square().mean(), len(batch["x"])
+        self.mean.update(loss, num)
+        self.log("val_loss", loss, batch_size=num)
+        self.log("val_mean", self.mean, batch_size=num)
+
+
+class Uneven(pl.LightningDataModule):
+    """Pairs of batches, of 11 samples, and batches to validate that are one less than twice two."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> Any:
+        some = {"batch_size": self.batch_size, "shuffle": True, "collate_fn": filtered}
+        return [DataLoader(Unreadable(11, []), **some) for _ in range(2)]
+
+    def val_dataloader(self) -> Any:
+        batches = [[0], [1, 2], [3, 4]]
+        return DataLoader(Unreadable(5, []), batch_sampler=batches, collate_fn=filtered)
+
+
+def measured(config: Any) -> dict[str, float]:
+    torch.set_num_threads(1)
+    run = build(config, [])
+    run.trainer.fit(run.model, datamodule=run.data)
+    found = {name: float(value) for name, value in run.trainer.callback_metrics.items()}
+    return found | {"weight": float(run.model.net.weight.detach().sum())}
+
+
+def test_da_weights_a_batch_that_a_rank_repeats_counts_once_and_pairs_are_weighted(
+    checked: Callable[..., Any],
+) -> None:
+    typed = [*LINE, "data._target_=test_loaders.Uneven"]
+    typed[typed.index("model._target_=test_loaders.Line")] = "model._target_=test_loaders.Measured"
+    alone = measured(checked(*typed, "+data.batch_size=8"))
+    together = run_local(
+        measured, checked(*typed, "+data.batch_size=4", "strategy=ddp", "trainer.devices=2"),
+        num_processes=2, start_method="forkserver", logging_config=None,
+    )  # fmt: skip
+    assert together == pytest.approx(alone, abs=1e-6)
 
 
 # ----------------------------------------------------------- what is in a batch, and how much of it

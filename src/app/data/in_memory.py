@@ -16,6 +16,7 @@ from app.parallel.split import (
     WHOLE,
     Share,
     evaluation_part,
+    evaluation_repeats,
     num_parts,
     training_part,
     training_weight,
@@ -94,6 +95,12 @@ class InMemoryLoader:
     def weight(self, batch_idx: int) -> float:
         """Return what this rank's loss counts in a step, where the last does not split evenly."""
         return training_weight(
+            len(self.dataset), batch_idx, batch_size=self.batch_size, share=self._share
+        )
+
+    def repeats(self, batch_idx: int) -> bool:
+        """Return whether an evaluation batch only repeats what is in another one."""
+        return evaluation_repeats(
             len(self.dataset), batch_idx, batch_size=self.batch_size, share=self._share
         )
 

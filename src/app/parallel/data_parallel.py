@@ -12,10 +12,13 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from app.errors import Refused
 from app.parallel.split import WHOLE, SharedSampler, mean_over_ranks, share_of, split
+
+SUMS = ("sum", sum, torch.sum)
+"""What Lightning takes for a sum of what is logged."""
 
 
 class DataParallel(pl.Callback):
@@ -44,7 +47,10 @@ class DataParallel(pl.Callback):
         self._weighted = weighted
         self._accumulates = accumulates
         self._share = WHOLE
-        self._sampler: Any = None
+        self._samplers: list[Any] = []
+        self._evaluated: dict[str, list[Any]] = {}  # the samplers, by what has made their loaders
+        self._before_repeat: list[tuple[Metric, dict[str, Any], int]] | None = None
+        self._told = False
         self._weight = 1.0
         self._trained: set[str] = set()  # as DistributedDataParallel knows
         self._asks, self._asked_after = False, 0
@@ -89,7 +95,7 @@ class DataParallel(pl.Callback):
                 self._trained = now
                 wrap_again(trainer, pl_module)
         self._lacks = batch_idx in self.fillers
-        weight = 1.0 if self._sampler is None else self._sampler.weight(batch_idx)
+        weight = self._weight_of(batch_idx)
         if not self._weighted and weight:  # by counts, of which only a repeated sample has none
             weight = 1.0
         self._weight = 0.0 if self._lacks else weight
@@ -100,8 +106,20 @@ class DataParallel(pl.Callback):
         Args:
             counts: whether the mean is over counts of the batches, not over micro-batches.
         """
-        repeats = counts and self._sampler is not None and self._sampler.weight(batch_idx) == 0.0
+        repeats = counts and self._weight_of(batch_idx) == 0.0
         return repeats or batch_idx in self.fillers
+
+    def _weight_of(self, batch_idx: int) -> float:
+        """Of this rank's loss: of several loaders in one step, where they are split alike."""
+        found = {sampler.weight(batch_idx % len(sampler)) for sampler in self._samplers}
+        if len(found) > 1 and not self._told:
+            self._told = True
+            rank_zero_warn(
+                f"the loaders of step {batch_idx} do not divide alike between the "
+                f"{self._share.size} ranks, so its loss is not weighted as on one process; give "
+                "them drop_last=True, or as many samples each"
+            )
+        return found.pop() if len(found) == 1 else 1.0
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
@@ -138,6 +156,57 @@ class DataParallel(pl.Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._refuse_unfrozen(trainer, pl_module)
 
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._begin_evaluation("val_dataloader", pl_module, batch_idx, dataloader_idx)
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        self._end_evaluation()
+
+    def on_test_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._begin_evaluation("test_dataloader", pl_module, batch_idx, dataloader_idx)
+
+    def on_test_batch_end(self, *args: Any) -> None:
+        self._end_evaluation()
+
+    def _begin_evaluation(
+        self, name: str, model: pl.LightningModule, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        """Note the metrics before a batch that repeats a sample, which counts only once."""
+        samplers = self._evaluated.get(name, [])
+        sampler = samplers[dataloader_idx] if dataloader_idx < len(samplers) else None
+        if sampler is None or not sampler.repeats(batch_idx):
+            return
+        for part in model.modules():
+            if isinstance(part, MetricCollection):
+                list(part.items())  # lets metrics that share a state have copies of it
+        metrics = [part for part in model.modules() if isinstance(part, Metric)]
+        self._before_repeat = [
+            (metric, {key: _copy_of(value) for key, value in metric.metric_state.items()},
+             metric.update_count)
+            for metric in metrics
+        ]  # fmt: skip
+
+    def _end_evaluation(self) -> None:
+        for metric, state, count in self._before_repeat or []:
+            for key, value in state.items():
+                setattr(metric, key, value)
+            metric._update_count, metric._computed = count, None
+        self._before_repeat = None
+
     def loaders(self, name: str, loaders: Any) -> Any:
         """What serves this rank's share of what a method of this name has returned."""
         trains = name == "train_dataloader"
@@ -159,13 +228,18 @@ class DataParallel(pl.Callback):
                 f"{type(what).__name__} cannot be split between the {self._share.size} ranks from "
                 "outside: it has to yield each rank its own samples, or all train on the same ones"
             )
-        if trains:
-            self._sampler = self._sampler_of(loaders)
+        is_combined = isinstance(loaders, CombinedLoader)
+        found = loaders.flattened if is_combined else torch.utils._pytree.tree_leaves(loaders)
+        samplers = [self._sampler_of(loader) for loader in found]
+        if not trains:
+            self._evaluated[name] = samplers
+        else:
+            self._samplers = samplers if None not in samplers else []
             self.may_lack_batches = self._share.size > 1 and may_yield_none(loaders)
         return loaders
 
     def _sampler_of(self, loaders: Any) -> Any:
-        """What knows the weights; None where several loaders make a step."""
+        """What knows the weights, and what is repeated."""
         if self._share.size == 1:
             return None
         if hasattr(loaders, "shard"):
@@ -191,8 +265,14 @@ class DataParallel(pl.Callback):
             if results is not None and results.batch is not None and not isinstance(value, Metric):
                 size = settings.get("batch_size") or extract_batch_size(results.batch)
                 # Lightning takes the mean of whole numbers over the ranks, rounded down
-                settings["batch_size"] = float(size)
+                settings["batch_size"] = float(size) if self._before_repeat is None else 0.0
+                if self._before_repeat is not None and settings.get("reduce_fx") in SUMS:
+                    value = value * 0
         log(name, value, *args, **settings)
+
+
+def _copy_of(state: Any) -> Any:
+    return [*state] if isinstance(state, list) else state.detach().clone()
 
 
 def make_buffers_alike(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

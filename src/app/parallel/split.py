@@ -90,6 +90,13 @@ def evaluation_part(order: Order, index: int, *, batch_size: int, share: Share) 
     return mine[-1:] if len(mine) else order[:1]
 
 
+def evaluation_repeats(num_samples: int, index: int, *, batch_size: int, share: Share) -> bool:
+    """Whether `evaluation_part` repeats a sample that is in another batch."""
+    mine = len(range(share.rank, num_samples, share.size))
+    parts = num_parts(num_samples, batch_size=batch_size, share=share, drop_last=False)
+    return index * mine // parts == (index + 1) * mine // parts
+
+
 def mean_over_ranks(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
     """The mean of a tensor that every rank has; every rank calls it."""
     if trainer.world_size == 1:
@@ -143,6 +150,12 @@ class SharedSampler:
     def weight(self, index: int) -> float:
         """Of this rank's loss in step `index`."""
         return training_weight(
+            len(self.sampler), index, batch_size=self.batch_size or 1, share=self.share
+        )
+
+    def repeats(self, index: int) -> bool:
+        """Whether this rank's evaluation batch `index` only repeats what is in another one."""
+        return evaluation_repeats(
             len(self.sampler), index, batch_size=self.batch_size or 1, share=self.share
         )
 
