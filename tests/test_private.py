@@ -56,7 +56,7 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _of(lambda: torch.nn.BatchNorm1d(1), "_buffers"),
     ),
     "._computed": (
-        "resume/unfinished.py",
+        "parallel/data_parallel.py resume/unfinished.py",
         "that a mean over a continued epoch is taken anew when its first part joins it",
         lambda: _of(torchmetrics.MeanMetric, "_computed"),
     ),
@@ -152,12 +152,12 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _of(pl.LightningModule, "_trainer"),
     ),
     "._update_count": (
-        "resume/unfinished.py",
+        "parallel/data_parallel.py resume/unfinished.py",
         "that a metric of a continued epoch knows that it was updated",
         lambda: _of(torchmetrics.MeanMetric, "_update_count"),
     ),
     "._version": (
-        "averaging/files.py memory.py",
+        "averaging/files.py memory.py resume/held.py",
         "that a model which edits what it loads, and a block which changes a buffer, are noticed",
         lambda: _of(lambda: torch.zeros(1), "_version"),
     ),
@@ -192,8 +192,8 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _in("torch.nn.modules.batchnorm", "_NormBase"),
     ),
     "torch.utils._pytree": (
-        "averaging/norms.py resume/position.py parallel/data_parallel.py run/progress.py "
-        "throwaway/samples.py",
+        "averaging/norms.py parallel/data_parallel.py resume/position.py "
+        "run/progress.py throwaway/samples.py",
         "that what a batch, or a model, holds is found in any nest of containers",
         lambda: _in("torch.utils._pytree", "tree_map"),
     ),

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -18,6 +20,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
     random_split,
 )
 
@@ -106,6 +109,64 @@ class Generated(Rows):
         data = points(self.num_samples)
         sampler = RandomSampler(data, generator=torch.Generator().manual_seed(3))
         return DataLoader(data, self.batch_size, sampler=sampler, drop_last=True)
+
+
+class Moved:
+    """An augmentation that draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        self._drawing = np.random.default_rng(3)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x + float(self._drawing.normal())
+
+
+class Transformed(Dataset[Any]):
+    def __init__(self, base: Any, transform: Any) -> None:
+        self.base, self.transform = base, transform
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = self.base[index]
+        return self.transform(x), y
+
+
+class Masks:
+    """A collating that masks, as those of language models."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(1)
+
+    def __call__(self, samples: list[Any]) -> Any:
+        x, y = default_collate(samples)
+        return x * (torch.rand(x.shape, generator=self.generator) > 0.1), y
+
+
+class Counted(Sampler[int]):
+    """Keeps its epoch as numpy's whole number."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples, self.epoch = num_samples, np.int64(0)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        self.epoch += np.int64(1)
+        order = np.random.default_rng(int(self.epoch)).permutation(self.num_samples)
+        return iter(order.tolist())
+
+
+class Augmented(Rows):
+    """Two sets in one, each with an augmentation of its own."""
+
+    def train_dataloader(self) -> Any:
+        half = points(self.num_samples // 2)
+        both = ConcatDataset([Transformed(half, Moved()) for _ in range(2)])
+        sampler = Counted(self.num_samples)
+        return DataLoader(both, self.batch_size, sampler=sampler, collate_fn=Masks())
 
 
 class Buckets(Sampler[list[int]]):

@@ -204,6 +204,24 @@ class Dropout(Net):
         return nn.Sequential(nn.Linear(10, width), nn.Dropout(0.3), nn.Linear(width, 2))
 
 
+class Counts(Net):
+    """Keeps a temperature, a generator and a running mean in attributes."""
+
+    def __init__(self, lr: float = 0.1, width: int = 8) -> None:
+        super().__init__(lr, width)
+        self.temperature = 1.0
+        self.drawing = torch.Generator().manual_seed(3)
+        self.smooth = torch.tensor(0.0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.temperature *= 0.95
+        x, y = batch
+        noise = torch.randn(x.shape, generator=self.drawing).to(x)
+        loss = nn.functional.cross_entropy(self(x + 0.1 * noise) / self.temperature, y)
+        self.smooth = 0.9 * self.smooth + 0.1 * loss.detach()
+        return loss + self.smooth * self.net[0].weight.square().sum()
+
+
 class TestsWithNoise(Dropout):
     """Draws random numbers also when it is tested."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from app.parallel.split import share_of
 from app.process.random_state import draw_apart, random_state, set_random_state
+from app.resume.held import Held, held_by
 from app.resume.hooks import switch_off
 from app.resume.modes import modes_of, set_modes, set_trained
 from app.resume.position import ResumableLoader, resumable
@@ -19,9 +20,10 @@ from app.resume.unfinished import Unfinished
 class ExactResume(pl.Callback):
     """Keeps the random state and the position in the data of every rank with each checkpoint.
 
-    And which parameters were trained, which norms tracked, and the mode of each module. Restores
-    all of it when a continued fit starts to train. In a new fit the ranks but the first draw
-    from generators of their own from there on: dropout differs between shares of the data.
+    And which parameters were trained, which norms tracked, the mode of each module, and what the
+    modules count and draw from. Restores all of it when a continued fit starts to train. In a new
+    fit the ranks but the first draw from generators of their own from there on: dropout differs
+    between shares of the data.
 
     Args:
         fillers: of `ResumableLoader`.
@@ -38,6 +40,7 @@ class ExactResume(pl.Callback):
         self.repeats_validation = False
         self._before_validation: dict[str, Any] = {}
         self._unfinished = Unfinished()
+        self._held: Held | None = None
         self._loaders: list[ResumableLoader] = []
         self.metrics: dict[str, float] = {}
         self._restored: dict[str, Any] | None = None
@@ -105,6 +108,7 @@ class ExactResume(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         restored, self._restored = self._restored, None
+        self._held = held_by(pl_module)
         if restored is None:
             draw_apart(share_of(trainer).rank)
             return
@@ -112,6 +116,8 @@ class ExactResume(pl.Callback):
             iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
         self._unfinished.restore(trainer, pl_module, restored["unfinished"])
         set_modes(pl_module, restored["modes"])
+        if "held" in restored:
+            self._held.set_state(restored["held"], device=pl_module.device)
         for name, value in self.metrics.items():
             trainer.callback_metrics[name] = _as_measured(value)
         set_random_state(restored["random_state"])
@@ -141,7 +147,9 @@ class ExactResume(pl.Callback):
     def _now(self, trainer: pl.Trainer, *, epoch_ends: bool) -> dict[str, Any]:
         model = trainer.lightning_module
         unfinished = self._unfinished.state(trainer, model, epoch_ends=epoch_ends)
-        return {"random_state": random_state(), "unfinished": unfinished}
+        held = self._held.state() if self._held is not None else None
+        kept = {} if held is None else {"held": held}
+        return {"random_state": random_state(), "unfinished": unfinished, **kept}
 
 
 def _as_measured(value: float) -> Tensor:

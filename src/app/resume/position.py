@@ -3,9 +3,9 @@
 import copy
 import inspect
 import logging
-import random
 from collections import deque
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import chain, count
 from typing import Any
 
@@ -21,11 +21,9 @@ from app.data.in_memory import generator_of
 from app.errors import NoBatch, Refused
 from app.parallel.split import SharedSampler, copied, second_loader
 from app.process.random_state import random_state, sampling_state, set_random_state
+from app.resume.held import Held, holders_of
 
 log = logging.getLogger(__name__)
-
-HOLDERS = ("sampler", "batch_sampler", "dataset")
-"""What of a loader, and again of these, may draw or count."""
 
 NUMBERS_SEEN = 32
 """Of a tensor, by which a batch is known again."""
@@ -64,7 +62,7 @@ class ResumableLoader:
         self._begun_ahead: Iterator[Any] | None = None
         self._asks_ahead = asks_ahead
         self._fillers = fillers
-        self._made_with = _counters(self.loader)
+        self._holds = Held(partial(holders_of, self.loader))
         self._start: dict[str, Any] = {}
         self._num_served = 0
         self._last: dict[str, Any] = {}  # drawn: from which random state, and what
@@ -146,7 +144,7 @@ class ResumableLoader:
     def _begun(self) -> Iterator[Any]:
         self._start = {
             "epoch_start": random_state(),
-            "held_start": self._held(),
+            "held_start": self._holds.state(),
             "num_begun": self._num_begun,
         }
         self._num_served = 0
@@ -174,7 +172,8 @@ class ResumableLoader:
         self._num_begun = restored["num_begun"]
         if restored["is_new_epoch"]:
             if "loader" not in restored:
-                self._hold(restored["held"])  # again: Lightning has tried whether it can iterate
+                # again: Lightning has tried whether it can iterate
+                self._holds.set_state(restored["held"])
                 return self._begun()
             batches = self._begun()
             # one that ended with its last batch, and was not asked for another, ends now
@@ -183,7 +182,7 @@ class ResumableLoader:
                 return chain([first], batches)
             set_random_state(after)
             return self._begun()
-        self._hold(restored["held_start"])
+        self._holds.set_state(restored["held_start"])
         set_random_state(restored["epoch_start"])
         batches = self._begun()
         self._start["first_drawn_from"] = restored["first_drawn_from"]
@@ -191,7 +190,7 @@ class ResumableLoader:
         if "loader" not in restored:
             if not self._drops(batches, restored):
                 batches = self._begun()
-            self._hold(restored["held"])
+            self._holds.set_state(restored["held"])
         set_random_state(restored.get("before_next", after))
         return batches
 
@@ -224,7 +223,7 @@ class ResumableLoader:
     def _now(self) -> dict[str, Any]:
         if self._finds_itself:
             return {**self._start, "loader": copy.deepcopy(self.loader.state_dict())}
-        served = {"num_served": self._num_served, "held": self._held(), "last": self._last}
+        served = {"num_served": self._num_served, "held": self._holds.state(), "last": self._last}
         return {**self._start, **served}
 
     def position(self, *, mid_epoch: bool, is_ahead: bool) -> dict[str, Any]:
@@ -241,7 +240,7 @@ class ResumableLoader:
         keeps_data = hasattr(getattr(self.loader, "dataset", self.loader), "state_dict")
         if mid_epoch or (self._finds_itself and keeps_data):
             return {**self._now(), "is_new_epoch": not mid_epoch}
-        return {"held": self._held(), "is_new_epoch": True, "num_begun": self._num_begun}
+        return {"held": self._holds.state(), "is_new_epoch": True, "num_begun": self._num_begun}
 
     def restore(self, position: Mapping[str, Any], *, epoch: int) -> None:
         """Go on from what `position` returned with the next batch asked for."""
@@ -254,21 +253,6 @@ class ResumableLoader:
                 f"resuming in epoch {epoch}: drawing {position['num_served']} batches again to "
                 "find the place in the data"
             )
-
-    def _held(self) -> dict[str, Any]:
-        moved = {k: v for k, v in _counters(self.loader).items() if self._made_with.get(k, k) != v}
-        drawing = {name: _state_of(one) for name, one in _generators(self.loader).items()}
-        return {"counters": moved, "generators": drawing}
-
-    def _hold(self, held: Mapping[str, Any]) -> None:
-        holders = _holders(self.loader)
-        for name, value in held["counters"].items():
-            path, _, attribute = name.rpartition(".")
-            if path in holders:
-                vars(holders[path])[attribute] = value
-        for name, one in _generators(self.loader).items():
-            if name in held["generators"]:
-                _set_state(one, held["generators"][name])
 
 
 def filled(batches: Iterator[Any], fillers: set[int]) -> Iterator[Any]:
@@ -392,79 +376,3 @@ def _is_stateful(loader: Any) -> bool:
 
 def _is_map_style(loader: Any) -> bool:
     return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-
-
-def _holders(loader: Any) -> dict[str, Any]:
-    """A loader, its samplers and data sets, and theirs, by their paths."""
-    found: dict[str, Any] = {}
-
-    def walk(path: str, one: Any) -> None:
-        if not hasattr(one, "__dict__") or any(one is other for other in found.values()):
-            return
-        found[path] = one
-        for name in HOLDERS:
-            if (inner := vars(one).get(name)) is not None:
-                walk(f"{path}/{name}", inner)
-
-    walk("loader", loader)
-    return found
-
-
-def _counters(loader: Any) -> dict[str, Any]:
-    """The numbers that samplers and data sets keep, such as an epoch, by their paths."""
-    return {
-        f"{path}.{name}": value
-        for path, one in _holders(loader).items()
-        if one is not loader
-        for name, value in vars(one).items()
-        if value is None or isinstance(value, bool | int | float)
-    }
-
-
-GENERATORS = torch.Generator, random.Random, np.random.Generator, np.random.RandomState
-
-
-def _generators(loader: Any) -> dict[str, Any]:
-    """What a loader, its samplers and data sets draw from, by their paths."""
-    return {
-        f"{path}.{name}": value
-        for path, one in _holders(loader).items()
-        for name, value in vars(one).items()
-        if isinstance(value, GENERATORS)
-    }
-
-
-def _state_of(generator: Any) -> Any:
-    """The state of a generator, in plain values."""
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if isinstance(generator, np.random.Generator):
-        return _plain(generator.bit_generator.state)
-    return _plain(generator.get_state(legacy=False))
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
-        version, words, gauss = state
-        generator.setstate((version, tuple(words), gauss))
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = _arrays(state)
-    else:
-        generator.set_state(_arrays(state))
-
-
-def _plain(state: Any) -> Any:
-    """Arrays as tensors of whole numbers."""
-    if isinstance(state, dict):
-        return {key: _plain(value) for key, value in state.items()}
-    return torch.from_numpy(state.astype(np.int64)) if isinstance(state, np.ndarray) else state
-
-
-def _arrays(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {key: _arrays(value) for key, value in state.items()}
-    return state.numpy().astype(np.uint64) if isinstance(state, torch.Tensor) else state
