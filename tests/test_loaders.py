@@ -718,7 +718,8 @@ def measured(config: Any) -> dict[str, float]:
     torch.set_num_threads(1)
     run = build(config, [])
     run.trainer.fit(run.model, datamodule=run.data)
-    found = {name: float(value) for name, value in run.trainer.callback_metrics.items()}
+    metrics = run.trainer.callback_metrics.items()
+    found = {name: float(value) for name, value in metrics if name.startswith("val")}
     return found | {"weight": float(run.model.net.weight.detach().sum())}
 
 
