@@ -754,6 +754,16 @@ def test_manual_optimization_is_refused() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter`")
+def test_da_kinds_a_step_that_takes_the_iterator_is_refused() -> None:
+    class Fetches(Net):
+        def training_step(self, dataloader_iter: Any) -> Any:
+            return super().training_step(*next(dataloader_iter)[:2])
+
+    with pytest.raises(ValueError, match="whose training_step takes dataloader_iter"):
+        fit(Fetches(), constant(4))
+
+
 def test_lbfgs_is_refused() -> None:
     class Quasi(Net):
         def configure_optimizers(self) -> Any:

@@ -1,5 +1,6 @@
 """Gradient accumulation: the mean over the micro-batches of a window, whatever its length."""
 
+import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -136,6 +137,12 @@ class Accumulation(pl.Callback):
         if stage != "fit":
             return
         self.refuse_manual_optimization(pl_module)
+        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+            raise Refused(
+                f"accumulate cannot act with {type(pl_module).__name__}, whose training_step takes "
+                "dataloader_iter: Lightning does not tell when its batches begin; let it take "
+                "batch, or use accumulate=none"
+            )
         self._gradients = {}
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         self._parallel = next((c for c in callbacks if isinstance(c, DataParallel)), None)
