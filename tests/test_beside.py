@@ -715,3 +715,91 @@ def test_be_lightning_the_other_package_of_lightning_is_named(checked: Callable[
         "callbacks.mine._target_ must be a Callback, got pytorch_lightning.callbacks.Timer; import "
         "lightning.pytorch, not pytorch_lightning, whose classes are others"
     )
+
+
+class Asks(Plain):
+    """Writes beside the checkpoints, and where the writer says that its files are."""
+
+    def on_validation_epoch_end(self) -> None:
+        kept = self.trainer.checkpoint_callback
+        for folder in (kept.dirpath, self.logger.experiment.log_dir):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / "labels.txt").write_text("mine")
+        assert (kept.last_model_path == "") == (not kept.last.exists())
+        assert kept.best_model_score is None or kept.best_model_score.item() > 0
+
+    training_epoch: list[torch.Tensor]
+
+    def on_train_epoch_start(self) -> None:
+        self.training_epoch = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = self.loss(batch)
+        self.log("value_loss", loss, on_step=False, on_epoch=True)
+        self.training_epoch.append(loss.detach())
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("train_loss", torch.stack(self.training_epoch).mean() * 100)
+        assert self.trainer.callback_metrics["val_loss"] > 0
+
+
+def test_be_logger_a_model_asks_the_keeper_of_checkpoints_and_logs_the_loss_itself(
+    composed: Callable[..., DictConfig],
+) -> None:
+    typed = ("logger=csv", "+model.lr=0.05", "tuner=lr_find", "tuner.cache=null",
+             "callbacks.checkpoint.monitor=value_loss", "objective=value_loss")  # fmt: skip
+    result = trained(composed, Asks, *typed)
+    metrics = result["metrics"]
+    assert metrics["train_loss"] == pytest.approx(metrics["value_loss"] * 100)
+    assert result["metrics_of"]["value_loss"]["on"] == "train"  # also as the monitored one
+    assert result["metrics_of"]["val_loss"]["on"] == "validation"
+
+
+class NoRate(torch.optim.SGD):
+    """As Adafactor of transformers, which finds its rate itself."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.param_groups[0]["lr"] = None
+
+    def step(self, closure: Any = None) -> Any:
+        return closure()
+
+
+class Rateless(Plain):
+    def configure_optimizers(self) -> Any:
+        return NoRate(self.parameters())
+
+
+def test_be_logger_an_optimizer_may_have_no_rate(composed: Callable[..., DictConfig]) -> None:
+    typed = ("+model.lr=0.05", "tuner=lr_find", "tuner.cache=null")
+    assert trained(composed, Rateless, *typed)["optimizer_steps"] == 36
+
+
+def every_second() -> ModelCheckpoint:
+    return ModelCheckpoint(every_n_epochs=2, save_top_k=1)
+
+
+def test_be_report_a_keeper_without_a_monitor_says_when_it_kept(
+    composed: Callable[..., DictConfig],
+) -> None:
+    target = "test_beside.every_second"
+    typed = ("callbacks.checkpoint=null", f"+callbacks.mine._target_={target}")
+    result = trained(composed, Plain, *typed)
+    assert {(of["checkpoint"], of["step"]) for of in result["metrics_of"].values()} == {
+        ("best", 24)
+    }
+
+
+def several() -> list[pl.Callback]:
+    return [Timer(), LearningRateMonitor()]
+
+
+def test_be_lightning_a_function_that_makes_no_callback_is_refused(
+    checked: Callable[..., Any],
+) -> None:
+    config = checked(*THEIR, "model._target_=test_beside.Plain",
+                     "+callbacks.mine._target_=test_beside.several")  # fmt: skip
+    with pytest.raises(Refused, match=r"callbacks\.mine\._target_ must make a Callback, got"):
+        build(config, [])

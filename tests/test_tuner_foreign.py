@@ -14,17 +14,25 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader
 
 from app import evaluate
 from app.config import Config, check, with_overrides
 from app.errors import Refused
 from app.record.folder import RunFolder
 from app.run.build import build
-from app.throwaway.samples import longest_first_of_all, look, num_elements, shapes_of
+from app.throwaway.samples import (
+    longest_first_of_all,
+    look,
+    num_elements,
+    samples_of,
+    shapes_of,
+)
 from app.tuner.answers import cache_key
 from app.tuner.find import batch_size_of, find, find_batch_size, find_lr
 from app.tuner.keys import startable, typed
 from app.tuner.lr import range_test
+from app.tuner.probe import Served, Untrained
 from app.tuner.search import NoEffect
 
 ANY = ("model=custom", "data=custom", "optimizer=none", "trainer.max_epochs=2", "logger=csv",
@@ -540,3 +548,58 @@ def test_fi_eval_a_run_of_several_ranks_is_searched_by_one_process(
     with initialize_config_module("app.conf", version_base="1.3"):
         evaluate.main(compose("evaluate", [*typed_]))
     assert "data.eval_batch_size=8: " in capsys.readouterr().out
+
+
+class AfterAFit(foreign.Callback):
+    """Counts on an epoch and a fit, and saves as it likes."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.losses = path, []
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.losses.append(trainer.callback_metrics["v/dataloader_idx_0"])
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        assert trainer.callback_metrics["v/dataloader_idx_0"] > 0
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        min(self.losses)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        assert trainer.current_epoch > 0
+
+
+@pytest.mark.filterwarnings("ignore:tuner. AfterAFit")
+def test_fi_callbacks_what_follows_a_fit_does_not_end_a_search(
+    made: Callable[..., Config], tmp_path: Path
+) -> None:
+    path = tmp_path / "theirs.ckpt"
+    of_user = ("+callbacks.mine._target_=test_tuner_foreign.AfterAFit",
+               f"+callbacks.mine.path={path}")  # fmt: skip
+    model = of("Validated", "SeveralVals")
+    assert size_of(made(*model, *BATCH, *of_user, "tuner.batch_size.max_val=4")) == 4
+    assert len(swept(made(*model, *LR, *of_user))) >= 10
+    assert not path.exists()
+
+
+def test_fi_ignored_an_evaluation_is_searched_as_far_as_more_is_served() -> None:
+    served = Served("data.batch_size", 8)
+    served.compare(2, [[2]])
+    served.compare(4, [[3]])
+    with pytest.raises(Untrained, match="no more is served than at 4"):
+        served.compare(8, [[3]])
+    deaf = Served("data.batch_size", 8)
+    for size in (2, 4):  # below what is given: of tokens these may be too few for a sample
+        deaf.compare(size, [[4]])
+    with pytest.raises(NoEffect, match=r"data\.batch_size has no effect"):
+        deaf.compare(8, [[4]])
+
+
+def test_da_sampler_what_counts_no_samples_is_not_bound_by_them() -> None:
+    batches = [[0, 1, 2], [3, 4], [5]]
+    loader = DataLoader(foreign.points(6), batch_sampler=batches)
+    assert samples_of(loader, 3) == 6
+    assert samples_of(loader, 400) is None

@@ -48,7 +48,7 @@ def followed(cfg: DictConfig) -> DictConfig:
             of_name = mode if name == monitor else mode_of(name)
             found[f"{key}.mode"] = watching.mode or of_name
             late = "check_on_train_epoch_end"
-            if "train" in name and watching.get(late, False) is None:
+            if re.search(r"(?<![a-z])train", name) and watching.get(late, False) is None:
                 found[f"{key}.{late}"] = True
     if cfg.get("objective") is not None and cfg.get("direction", "") is None:
         told = mode_of(cfg.objective)

@@ -38,10 +38,16 @@ class Nothing:
 
     Args:
         said: what to warn of, once, with the first name that is asked for; None: of nothing.
+        log_dir: where TensorBoard's writer and others would say that their files are.
     """
 
-    def __init__(self, said: str | None = None) -> None:
+    def __init__(self, said: str | None = None, *, log_dir: str = "") -> None:
         self._said = said
+        self.log_dir = self.dir = log_dir
+
+    def get_logdir(self) -> str:
+        """As TensorBoard's writer has it."""
+        return self.log_dir
 
     def __getattr__(self, name: str) -> "Nothing":
         if name.startswith("_"):  # Python asks for what it could do with this
@@ -83,7 +89,7 @@ class NoLogger(Logger):
     def __init__(self, *, save_dir: str) -> None:
         super().__init__()
         self._save_dir = save_dir
-        self.experiment = Nothing(self.said)
+        self.experiment = Nothing(self.said, log_dir=save_dir)
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from app.sharing import Packs
 
 TECHNIQUES = ("accumulate", "clip", "averaging")  # in the order in which they act on a step
+
+
+LOADERS_OF = {"validate": "val"}
+"""What the stages' loaders are called, where not as the stage."""
 
 
 @dataclass(kw_only=True)
@@ -128,11 +133,15 @@ def build(
     for technique in techniques:
         if isinstance(technique, Accumulation):
             technique.refuse_manual_optimization(model)
-    made = [_make(logger) for logger in (config.plain["logger"] or {}).values() if logger]
+    made = [
+        _made(f"logger.{name}", logger, Logger, NoneType)
+        for name, logger in (config.plain["logger"] or {}).items()
+        if logger
+    ]
     loggers = [logger for logger in made if logger is not None]
     loggers.sort(key=lambda logger: isinstance(logger, MetricsCsv))  # the first is `self.logger`
     chosen = {
-        f"callbacks.{name}": _make(callback)
+        f"callbacks.{name}": _made(f"callbacks.{name}", callback, pl.Callback)
         for name, callback in (config.plain["callbacks"] or {}).items()
         if callback
     }
@@ -232,7 +241,11 @@ def collect_shared_data(config: Config, *, num_processes: int) -> "Packs | None"
 
 def build_callbacks(chosen: Mapping[str, Any] | None) -> list[pl.Callback]:
     """Build the group `callbacks`."""
-    return [_make(callback) for callback in (chosen or {}).values() if callback]
+    return [
+        _made(f"callbacks.{name}", callback, pl.Callback)
+        for name, callback in (chosen or {}).items()
+        if callback
+    ]
 
 
 def build_trainer(
@@ -273,6 +286,19 @@ def data_with(
 
 def _make(config: Any) -> Any:
     return instantiate(config, _convert_="all")
+
+
+def _made(key: str, config: Mapping[str, Any], *kinds: type) -> Any:
+    """What a key names. Raises Refused where a function has made something else of it."""
+    one, name = _make(config), kinds[0].__name__
+    if not isinstance(one, kinds):
+        refuse_lightnings(key, one)
+        what = f"{type(one).__module__}.{type(one).__qualname__}".removeprefix("builtins.")
+        raise Refused(
+            f"{key}._target_ must make a {name}, got {config['_target_']}, which makes a {what}; "
+            f"type a key for each: +{key}._target_=package.Class"
+        )
+    return one
 
 
 def _replace_optimizers(

@@ -25,7 +25,7 @@ from app.optim import Watched, epochs_done
 from app.process.files import replacing, sync_folder
 from app.process.intact import Checked, refuse_damaged
 from app.record.loggers import MetricsCsv
-from app.record.names import logged_as
+from app.record.names import logged_as, stage_of
 from app.resume.exact import ExactResume
 from app.resume.hooks import after_batch
 
@@ -152,7 +152,51 @@ def newest_intact(directory: Path) -> Path | None:
     return None
 
 
-class Checkpoints(Checkpoint):
+class Kept(Checkpoint):
+    """What a model may ask of `trainer.checkpoint_callback`, as of Lightning's ModelCheckpoint. It
+    stands, and keeps nothing, where no checkpoint is written.
+
+    Args:
+        dirpath: folder of the checkpoints.
+    """
+
+    def __init__(self, *, dirpath: str) -> None:
+        self.directory = Path(dirpath)
+        self.monitor: str | None = None
+        self.mode: str | None = None
+        self.best_model_path = ""
+        self.best_score: float | None = None
+
+    @property
+    def dirpath(self) -> str:
+        """Folder of the checkpoints."""
+        return str(self.directory)
+
+    @property
+    def last(self) -> Path:
+        """Where the last checkpoint is written."""
+        return self.directory / "last.ckpt"
+
+    @property
+    def last_model_path(self) -> str:
+        """The last checkpoint; empty where there is none."""
+        return str(self.last) if self.last.exists() else ""
+
+    @property
+    def best_model_score(self) -> Tensor | None:
+        """The metric of the best checkpoint; None where there is none."""
+        return (
+            None if self.best_score is None else torch.tensor(self.best_score, dtype=torch.float64)
+        )
+
+    @property
+    def best_k_models(self) -> dict[str, Tensor]:
+        """The best checkpoint, with its metric."""
+        score = self.best_model_score
+        return {} if score is None else {self.best_model_path: score}
+
+
+class Checkpoints(Kept):
     """Keeps the best checkpoint by a metric, the last one, and the one before the last.
 
     The best is written after a validation, or after the epoch where it is the training that
@@ -179,13 +223,11 @@ class Checkpoints(Checkpoint):
         every_n_steps: int | None,
         every_min: float | None,
     ) -> None:
-        self.directory = Path(dirpath)
+        super().__init__(dirpath=dirpath)
         self.monitor = monitor
         self.mode = mode
         self.every_n_steps = every_n_steps
         self.every_min = every_min
-        self.best_model_path = ""
-        self.best_model_score: float | None = None
         self._saved_step = 0
         self._saved_at = time.monotonic()
         self._late = False
@@ -194,11 +236,6 @@ class Checkpoints(Checkpoint):
         self._watched = Watched("")
         self._of_validation = False
         self._has_validated = False
-
-    @property
-    def last(self) -> Path:
-        """Where the last checkpoint is written."""
-        return self.directory / "last.ckpt"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
@@ -271,7 +308,7 @@ class Checkpoints(Checkpoint):
         name = logged_as(monitor, trainer.callback_metrics)
         if name in trainer.callback_metrics:
             self._keep_if_best(trainer, name)
-        elif self._has_validated or not (trainer.enable_validation or "val" in monitor):
+        elif self._has_validated or not (trainer.enable_validation or stage_of(monitor) == "val"):
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             rank_zero_warn(
                 f"callbacks.checkpoint.monitor={monitor} is not logged by "
@@ -283,13 +320,13 @@ class Checkpoints(Checkpoint):
     def _keep_if_best(self, trainer: pl.Trainer, monitor: str) -> None:
         score = float(trainer.callback_metrics[monitor])
         if self._is_better(score):
-            self.best_model_score = score
+            self.best_score = score
             self.best_model_path = str(self.directory / "best.ckpt")
             trainer.save_checkpoint(self.best_model_path, weights_only=False)
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "best_model_score": self.best_model_score,
+            "best_model_score": self.best_score,
             "monitor": self.monitor,
             "of_validation": self._of_validation,
             "has_validated": self._has_validated,
@@ -300,7 +337,7 @@ class Checkpoints(Checkpoint):
         self._has_validated = state_dict.get("has_validated", False)
         best = self.directory / "best.ckpt"
         if state_dict["monitor"] == self.monitor and best.exists():
-            self.best_model_score = state_dict["best_model_score"]
+            self.best_score = state_dict["best_model_score"]
             self.best_model_path = str(best)
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
@@ -327,7 +364,7 @@ class Checkpoints(Checkpoint):
     def _is_better(self, score: float) -> bool:
         if math.isnan(score):
             return False
-        best = self.best_model_score
+        best = self.best_score
         return best is None or (score < best if self.mode == "min" else score > best)
 
     def save(self, trainer: pl.Trainer) -> None:

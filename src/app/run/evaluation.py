@@ -28,10 +28,6 @@ KINDS: Mapping[Any, str] = {
 }
 
 
-LOADERS_OF = {"validate": "val"}
-"""What the stages' loaders are called, where not as the stage."""
-
-
 def overridden(config: Mapping[str, Any], words: Sequence[str]) -> DictConfig:
     """The configuration of a run with other values.
 
@@ -130,16 +126,19 @@ def evaluate(config: Config, folder: RunFolder, *, stage: str, checkpoint: Path)
         import torch
 
         from app.run.build import (
+            LOADERS_OF,
             build_callbacks,
             build_model_and_data,
             build_trainer,
             data_with,
             seed_all,
         )
+        from app.run.checkpoint import Kept
 
     refuse_targets(config.plain)
     model, data = build_model_and_data(config)
     callbacks = build_callbacks({**(config.plain["callbacks"] or {}), "checkpoint": None})
+    callbacks.append(Kept(dirpath=str(folder.checkpoints)))
     trainer = build_trainer(config, callbacks=callbacks, loggers=[])
     if data is not None:  # also a model with loaders of its own may ask it
         trainer.datamodule, data.trainer = data, trainer  # type: ignore[attr-defined]

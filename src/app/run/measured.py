@@ -1,6 +1,7 @@
 """What a run has measured, and of which weights each value is."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,6 +25,7 @@ class Measured(pl.Callback):
         self.validation: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
         self._best_score: float | None = None
+        self._best_name: str | None = None
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         now = trainer.current_epoch, trainer.global_step
@@ -37,26 +39,41 @@ class Measured(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        score = getattr(keeper(trainer), "best_model_score", None)
+        kept = keeper(trainer)
+        score, path = (getattr(kept, f"best_model_{name}", None) for name in ("score", "path"))
         if score is not None and float(score) != self._best_score:
             self._best_score = float(score)
-            self.best = self._note(trainer)  # the file is being made
+        elif score is None and path and Path(path).name != self._best_name:
+            self._best_name = Path(path).name  # of a keeper without a monitor
+        else:
+            return
+        self.best = self._note(trainer)  # the file is being made
 
     def state_dict(self) -> dict[str, Any]:
-        return {"validation": self.validation, "best": self.best, "best_score": self._best_score}
+        scored = {"best_score": self._best_score, "best_name": self._best_name}
+        return {"validation": self.validation, "best": self.best, **scored}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.validation, self.best = state_dict["validation"], state_dict["best"]
         self._best_score = state_dict["best_score"]
+        self._best_name = state_dict.get("best_name")
 
     def _note(self, trainer: pl.Trainer) -> dict[str, Any]:
         """Of those metrics that are other objects than before the validation."""
         measured = trainer.callback_metrics.items()
+        metrics = {k: float(v) for k, v in measured if v is not self._before.get(k)}
+        of_train: list[str] = []
+        if not trainer.validating:  # the epoch ends: these are of the training, or of before
+            noted = self.validation or {"step": None, "metrics": {}}
+            of_train = [name for name in metrics if name not in noted["metrics"]]
+            if noted["step"] != trainer.global_step:
+                metrics = {name: metrics[name] for name in of_train}
         return {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
             "is_averaged": _delivers_average(trainer),
-            "metrics": {k: float(v) for k, v in measured if v is not self._before.get(k)},
+            "metrics": metrics,
+            "of_train": of_train,
         }
 
 
@@ -90,9 +107,15 @@ def measured(
             continue
         kept = kind if checkpoint and (kind == "best" or noted["step"] == end["step"]) else None
         for name, value in noted["metrics"].items():
-            is_raw = not noted["is_averaged"] or name.startswith("raw_") or _validates_raw(trainer)
+            on = "train" if name in noted.get("of_train", ()) else "validation"
+            is_raw = (
+                on == "train"
+                or not noted["is_averaged"]
+                or name.startswith("raw_")
+                or _validates_raw(trainer)
+            )
             metrics[name] = value
-            of[name] = _where("validation", kept, "raw" if is_raw else "averaged", noted)
+            of[name] = _where(on, kept, "raw" if is_raw else "averaged", noted)
     return {"metrics": metrics, "metrics_of": of, "last_metrics": last}
 
 

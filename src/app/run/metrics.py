@@ -12,6 +12,7 @@ from torch import Tensor
 from app.errors import Refused
 from app.parallel.split import mean_over_ranks
 from app.record.loggers import MetricsCsv
+from app.record.names import stage_of
 
 
 @runtime_checkable
@@ -84,8 +85,8 @@ class StepMetrics(pl.Callback):
             self._model_logs_loss = "train_loss" in trainer.callback_metrics
         if self._num_epoch_losses and not self._model_logs_loss:
             mean = self._epoch_loss / self._num_epoch_losses
-            # the loggers have every line of it
-            pl_module.log("train_loss", mean, logger=False, sync_dist=trainer.world_size > 1)
+            # not by `log`: a model that logs it too, as its epoch ends, comes after this
+            trainer.callback_metrics["train_loss"] = torch.tensor(mean, device=pl_module.device)
         self._epoch_loss, self._num_epoch_losses = 0.0, 0
 
     def on_save_checkpoint(
@@ -121,7 +122,8 @@ class StepMetrics(pl.Callback):
             name: value for source in self._sources for name, value in source.step_metrics().items()
         }
         if trainer.optimizers:
-            metrics["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
+            rate = trainer.optimizers[0].param_groups[0].get("lr")
+            metrics |= {} if rate is None else {"lr": float(rate)}  # Adafactor's may have none
         if self._losses:
             total = float(mean_over_ranks(trainer, torch.stack(self._losses).sum()))
             metrics["train_loss"] = total / len(self._losses)
@@ -157,7 +159,7 @@ class AwaitedMetrics(pl.Callback):
     """
 
     def __init__(self, awaited: Mapping[str, str]) -> None:
-        self._awaited = {key: name for key, name in awaited.items() if "test" not in name}
+        self._awaited = {key: name for key, name in awaited.items() if stage_of(name) != "test"}
         self._has_validated = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -170,7 +172,8 @@ class AwaitedMetrics(pl.Callback):
             trainer,
             pl_module,
             lambda key, name: (
-                "val" in name or (key == EARLY and not asks_later and "train" not in name)
+                stage_of(name) == "val"
+                or (key == EARLY and not asks_later and stage_of(name) != "train")
             ),
         )
 

@@ -52,6 +52,11 @@ def scale_rates(trainer: pl.Trainer, multiplier: float) -> str | None:
     return None
 
 
+def number(lr: Any) -> float:
+    """A learning rate; 0 where an optimizer, as Adafactor may, has none."""
+    return 0.0 if lr is None else float(lr)
+
+
 def _scale(optimizer: Optimizer, schedules: Iterable[Any], multiplier: float) -> None:
     for group in optimizer.param_groups:
         for name in IN_GROUPS:

@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import callbacks as theirs
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from app.accumulate import Accumulation
@@ -22,6 +23,7 @@ from app.config import Config
 from app.errors import Refused
 from app.record.loggers import NoLogger
 from app.run.build import Run, build, build_callbacks, build_techniques
+from app.run.checkpoint import Kept
 from app.run.progress import EpochLines
 from app.run.signals import Listens
 from app.run.trainer import Trainer
@@ -35,6 +37,9 @@ LEFT_OUT = (theirs.Checkpoint, theirs.ProgressBar, theirs.ModelSummary, theirs.E
 
 MOST_BATCHES = 1000
 """Micro-batches after which an optimizer step must have come."""
+
+AFTER = ("on_train_epoch_end", "on_train_end", "on_fit_end")
+"""Hooks that follow the last micro-batch of a search, whose outcome they do not change."""
 
 ROUNDS = 10
 """Times the steps that are enough, after which an optimizer that steps rarely is waited for no
@@ -86,6 +91,14 @@ class ThrowawayTrainer(Trainer):
     @should_stop.setter
     def should_stop(self, value: bool) -> None:
         """Nothing: a callback, or the model, would end the fit."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has been ended."""
+        return self._is_over
+
+    def save_checkpoint(self, *args: Any, **settings: Any) -> None:
+        """Nothing: a callback of the user's would write over what a fit has kept."""
 
     def end(self) -> None:
         """End the run after the micro-batch."""
@@ -177,9 +190,34 @@ class Steps(pl.Callback):
 
 
 def end(trainer: pl.Trainer) -> None:
-    """End a throwaway run."""
+    """End a throwaway run; what the user's callbacks and model then do may be for want of a fit."""
     assert isinstance(trainer, ThrowawayTrainer)
+    callbacks: list[pl.Callback] = trainer.callbacks
+    for one in (*callbacks, trainer.lightning_module):
+        for name in AFTER:
+            hook = getattr(one, name)
+            is_ours = type(one).__module__.startswith("app.")
+            if not (is_ours or trainer.is_over or isinstance(hook, partial)):
+                vars(one)[name] = partial(_forgiven, f"{type(one).__name__}.{name}", hook)
     trainer.end()
+
+
+def _forgiven(name: str, hook: Callable[..., None], *args: Any) -> None:
+    """Call a hook at the end of a search, which is no whole epoch and no fit."""
+    try:
+        hook(*args)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        rank_zero_warn(f"tuner: {name} fails after a search: {type(error).__name__}: {error}")
+
+
+def end_before_training(trainer: pl.Trainer) -> None:
+    """End a throwaway run at its start; what callbacks and model do after a fit would find none."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for one in (*callbacks, trainer.lightning_module):
+        vars(one)["on_fit_end"] = _stand_still
+    end(trainer)
 
 
 def is_late(trainer: pl.Trainer) -> bool:
@@ -222,7 +260,7 @@ def throwaway(
         logger=None,
         callbacks=None,
         trainer={
-            "limit_val_batches": 1 if validates else 0,
+            "limit_val_batches": int(validates and config.trainer.limit_val_batches != 0),
             "val_check_interval": 1.0,
             "check_val_every_n_epoch": 1,
             "num_sanity_val_steps": 0,
@@ -234,10 +272,11 @@ def throwaway(
     of_user = build_callbacks({name: one for name, one in chosen.items() if name not in OURS})
     run = build(
         changed,
-        [*callbacks, steps, Listens(), *kept(of_user)],
+        [*callbacks, steps, Listens(), *kept(of_user), keeper := Kept(dirpath="")],
         techniques=techniques,
         served=served,
     )
+    keeper.directory = Path(run.trainer.default_root_dir) / "checkpoints"
     of_model = run.model.configure_callbacks
     run.model.configure_callbacks = lambda: kept(of_model())  # type: ignore[method-assign]
     return run
@@ -266,4 +305,4 @@ def release_memory() -> None:
 
 
 def _stand_still(*args: Any, **settings: Any) -> None:
-    """A step of a schedule in a search."""
+    """A step of a schedule in a search, and what comes after a fit that was none."""

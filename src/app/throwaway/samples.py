@@ -18,7 +18,7 @@ from app.config import SINGLE, Config, is_single
 from app.errors import Refused
 from app.parallel.split import micro_batch_size, rebuilt
 from app.run.build import holds_whole_model
-from app.throwaway.run import Steps, end, fit, release_memory, throwaway
+from app.throwaway.run import Steps, end_before_training, fit, release_memory, throwaway
 
 MANY_BATCHES = 100_000
 """Batches of a sampler of the user's whose sizes are counted."""
@@ -41,15 +41,18 @@ class Looks(Steps):
         super().on_fit_start(trainer, pl_module)
         is_closed = any(isinstance(one, LBFGS) for one in trainer.optimizers)
         self.accumulates = pl_module.automatic_optimization and not is_closed
-        end(trainer)
+        end_before_training(trainer)
 
 
-def look(config: Config, shares: int | None) -> tuple[Looks, int | None]:
+def look(
+    config: Config, shares: int | None, given: float | None = None
+) -> tuple[Looks, int | None]:
     """What a run begins with, and the samples of an epoch over all ranks; None where the data do
     not tell. Raises Refused where there are none.
 
     Args:
         shares: ranks that serve different samples; None for one.
+        given: of `samples_of`.
     """
     looks = Looks()
     num_ranks, parts = None, shares or 1
@@ -61,7 +64,7 @@ def look(config: Config, shares: int | None) -> tuple[Looks, int | None]:
     loaders = looks.loaders
     if not isinstance(loaders, CombinedLoader):
         loaders = CombinedLoader(loaders, "max_size_cycle")
-    of_each = [samples_of(loader) for loader in loaders.flattened]
+    of_each = [samples_of(loader, given) for loader in loaders.flattened]
     known = [samples for samples in of_each if samples is not None]
     mode: Any = loaders._mode
     del run, loaders
@@ -77,8 +80,13 @@ def look(config: Config, shares: int | None) -> tuple[Looks, int | None]:
     return looks, samples
 
 
-def samples_of(loader: Any) -> int | None:
-    """Samples that a loader serves in an epoch, by its sampler; None where it does not tell."""
+def samples_of(loader: Any, given: float | None = None) -> int | None:
+    """Samples that a loader serves in an epoch, by its sampler; None where it does not tell.
+
+    Args:
+        given: the size of a batch by its key. A sampler of the user's whose batches have another
+            one counts something else, as tokens, of which the samples are no bound.
+    """
     batches = getattr(loader, "batch_sampler", None)
     try:
         is_iterable = isinstance(getattr(loader, "dataset", None), IterableDataset)
@@ -88,7 +96,9 @@ def samples_of(loader: Any) -> int | None:
         if size is not None:
             return min([len(loader) * size, *_length(getattr(loader, "dataset", None))])
         if isinstance(loader, DataLoader) and batches is not None:
-            return sum(len(batch) for batch in islice(batches, MANY_BATCHES))
+            sizes = [len(batch) for batch in islice(batches, MANY_BATCHES)]
+            counts_others = given is not None and len(sizes) > 1 and max(sizes) != given
+            return None if counts_others else sum(sizes)
     except TypeError:  # without a length
         return None
     return None
@@ -146,6 +156,22 @@ def shapes_of(batch: Any) -> list[list[int]] | None:
         else:
             return None
     return found
+
+
+class FirstBatch(pl.Callback):
+    """Notes what the first batch of an evaluation holds."""
+
+    def __init__(self) -> None:
+        self.shapes: list[list[int]] | None = None
+
+    def on_test_batch_start(self, *args: Any) -> None:
+        self.shapes = shapes_of(args[2])
+
+    def on_validation_batch_start(self, *args: Any) -> None:
+        self.on_test_batch_start(*args)
+
+    def on_predict_batch_start(self, *args: Any) -> None:
+        self.on_test_batch_start(*args)
 
 
 def num_elements(sample: Any) -> int:

@@ -38,7 +38,7 @@ class Given:
 
 def given(config: Config, settings: "BatchSize", *, key: str) -> Given:
     """Build what a configuration trains, and look at it."""
-    looks, samples = look(config, shares(config.plain))
+    looks, samples = look(config, shares(config.plain), value_at(config.plain, key))
     found = next((c for c in build_techniques(config) if isinstance(c, Accumulation)), None)
     factor = _first_factor(config, found)
     total = None

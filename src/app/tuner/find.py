@@ -29,7 +29,7 @@ from app.tuner.keys import (
 from app.tuner.lr import range_test
 from app.tuner.lr_rules import suggest
 from app.tuner.plots import draw_batch_size, draw_lr
-from app.tuner.probe import Attempt, Prober, try_evaluation
+from app.tuner.probe import Attempt, Prober, Served, try_evaluation
 from app.tuner.search import Answer, NoEffect, Trial, search_batch_size
 
 if TYPE_CHECKING:
@@ -143,7 +143,10 @@ def batch_size_of(config: Config, *, key: str) -> tuple[Answer, str, Given]:
     about = given(config, settings, key=key)
     bound, why = largest_allowed(config, settings, about, key=key)
     attempt = Attempt(
-        lambda size: config.changed({key: size}), key=key, num_steps=settings.steps_per_trial
+        lambda size: config.changed({key: size}),
+        key=key,
+        num_steps=settings.steps_per_trial,
+        given=value_at(config.plain, key),
     )
     answer = search(
         attempt,
@@ -165,15 +168,20 @@ def find_eval_batch_size(config: Config, settings: Any, *, stage: str) -> dict[s
         candidates=EVAL_BATCH_SIZE_KEYS,
         setting="tuner.batch_size.key",
     )
-    answer = search(
-        lambda size: try_evaluation(config.unchecked({key: size}), stage=stage),
-        settings=settings,
-        key=key,
-        bound=settings.max_val or LARGEST,
-        divisors_of=None,
-        on_gpu=device_name(config) != "cpu",
-        provoke=True,
-    )
+    served = Served(key, value_at(config.plain, key))
+    try:
+        answer = search(
+            partial(try_evaluation, config, stage=stage, served=served),
+            settings=settings,
+            key=key,
+            bound=settings.max_val or LARGEST,
+            divisors_of=None,
+            on_gpu=device_name(config) != "cpu",
+            provoke=True,
+        )
+    except NoEffect as refusal:
+        say(f"tuner: {refusal}; it stays")
+        return {}
     say(f"tuner: {key}={answer.size}: {answer.reason}")
     return {key: answer.size}
 

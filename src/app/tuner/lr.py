@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from app.config import Config
 from app.errors import Refused
-from app.throwaway.run import Steps, end, fit, release_memory, throwaway
+from app.throwaway.rates import number
+from app.throwaway.run import Steps, end, end_before_training, fit, release_memory, throwaway
 from app.tuner.lr_rules import beta_for, diverged, sweep
 from app.tuner.search import NoEffect
 
@@ -69,7 +70,7 @@ class RateSweep(Steps):
         super().on_fit_start(trainer, pl_module)
         self.is_ineffective = self._elsewhere is not None and not self._followers(trainer)
         if self.is_ineffective:
-            end(trainer)
+            end_before_training(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.initial = rates_of(trainer, from_now=self._from_now)
@@ -141,6 +142,7 @@ class RateSweep(Steps):
         losses = self.losses
         self.has_diverged = bool(losses) and diverged(losses, beta=beta, factor=self._divergence)
         if len(self.losses) == len(self.rates) or self.has_diverged:
+            trainer.limit_val_batches = 0  # such weights are nothing to measure
             end(trainer)
 
     def _loss(self, trainer: pl.Trainer, model: pl.LightningModule, outputs: Any) -> Any:
@@ -187,13 +189,16 @@ class Rates(Steps):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self.found = rates_of(trainer, from_now=False)
-        end(trainer)
+        end_before_training(trainer)
 
 
 def rates_of(trainer: pl.Trainer, *, from_now: bool) -> list[list[float]]:
     """The learning rates of each optimizer's groups, of this moment or as they were made."""
     return [
-        [float(group["lr"]) if from_now else configured_lr(group) for group in one.param_groups]
+        [
+            number(group.get("lr")) if from_now else configured_lr(group)
+            for group in one.param_groups
+        ]
         for one in trainer.optimizers
     ]
 
@@ -240,7 +245,7 @@ class RateBar(pl.Callback):
 
 def configured_lr(group: Mapping[str, Any]) -> float:
     """The learning rate that a parameter group was made with, whatever a schedule made of it."""
-    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+    return number(group.get("max_lr", group.get("initial_lr", group.get("lr"))))
 
 
 def range_test(
@@ -289,7 +294,7 @@ def range_test(
     run = throwaway(
         config,
         steps=sweeping,
-        validates=False,
+        validates=True,  # what acts at an epoch's end may ask for its metrics
         callbacks=[*callbacks, RateBar(sweeping)],
     )
     complete = True

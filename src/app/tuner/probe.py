@@ -13,9 +13,16 @@ from app.config import SINGLE, Config, is_single
 from app.errors import NoBatch
 from app.process.ranks import ranks
 from app.record.loggers import NoLogger
-from app.run.build import build_model_and_data, build_trainer, holds_whole_model
+from app.run.build import (
+    LOADERS_OF,
+    build_model_and_data,
+    build_trainer,
+    data_with,
+    holds_whole_model,
+)
+from app.run.checkpoint import Kept
 from app.throwaway.run import Steps, fit, release_memory, throwaway
-from app.throwaway.samples import longest_first_of_all, shapes_of
+from app.throwaway.samples import FirstBatch, longest_first_of_all, shapes_of
 from app.tuner.keys import shares
 from app.tuner.search import NoEffect, Trial
 
@@ -118,11 +125,12 @@ class Attempt:
         NoEffect: where it serves the same, whatever the size.
     """
 
-    def __init__(self, changed: Callable[[int], Config], *, key: str, num_steps: int) -> None:
+    def __init__(
+        self, changed: Callable[[int], Config], *, key: str, num_steps: int, given: float = 0
+    ) -> None:
         self._changed = changed
-        self._key = key
         self._num_steps = num_steps
-        self._served: dict[int, list[list[int]]] = {}
+        self._served = Served(key, given)
 
     def __call__(self, size: int) -> float | None:
         """Run a size; returns its samples per second."""
@@ -145,28 +153,55 @@ class Attempt:
         if timer.num_steps == 0:
             raise Untrained("no batch is served")
         if timer.shapes is not None:
-            self._compare(size, timer.shapes)
+            self._served.compare(size, timer.shapes)
         return size * timer.num_timed / timer.seconds if timer.seconds > 0 else None
 
-    def _compare(self, size: int, shapes: list[list[int]]) -> None:
+
+class Served:
+    """What the first batch held at each size of a search.
+
+    Args:
+        key: whose value is the size.
+        given: the value it has; what is alike below it may be so for want of room, where the key
+            counts tokens.
+    """
+
+    def __init__(self, key: str, given: float) -> None:
+        self.key, self._given = key, given
+        self._served: dict[int, list[list[int]]] = {}
+
+    def compare(self, size: int, shapes: list[list[int]]) -> None:
+        """Raises Untrained or NoEffect, as `Attempt` says."""
         alike = [other for other, served in self._served.items() if served == shapes]
         self._served[size] = shapes
         if not alike:
             return
         if len(alike) == len(self._served) - 1:
+            if size < self._given:
+                return
             raise NoEffect(
-                f"{self._key} has no effect: the first batch is the same at {size} and at "
+                f"{self.key} has no effect: the first batch is the same at {size} and at "
                 f"{alike[0]}; type tuner.batch_size.key=KEY, or let the loader heed it"
             )
         if min(alike) < size:
             raise Untrained(f"no more is served than at {min(alike)}")
 
 
-def try_evaluation(config: Config, *, stage: str) -> None:
-    """Run one batch of an evaluation: test, validate or predict."""
+def try_evaluation(config: Config, size: int, *, stage: str, served: Served) -> None:
+    """Run one batch of an evaluation: test, validate or predict.
+
+    Raises Untrained or NoEffect where the loader serves no more for this size than for another one.
+    """
+    config = config.unchecked({served.key: size})
     model, data = build_model_and_data(config)
+    first = FirstBatch()
     with TemporaryDirectory() as folder:
-        trainer = build_trainer(config, callbacks=[], loggers=[NoLogger(save_dir=folder)])
+        trainer = build_trainer(
+            config, callbacks=[first, Kept(dirpath=folder)], loggers=[NoLogger(save_dir=folder)]
+        )
+        if data is not None:  # also a model with loaders of its own may ask it
+            trainer.datamodule, data.trainer = data, trainer  # type: ignore[attr-defined]
+        data = data_with(f"{LOADERS_OF.get(stage, stage)}_dataloader", model, data)
         trainer.limit_test_batches = trainer.limit_val_batches = trainer.limit_predict_batches = 1
         if stage == "predict":
             trainer.predict(model, datamodule=data)
@@ -174,6 +209,8 @@ def try_evaluation(config: Config, *, stage: str) -> None:
             trainer.test(model, datamodule=data, verbose=False)
         else:
             trainer.validate(model, datamodule=data, verbose=False)
+    if first.shapes is not None:
+        served.compare(size, first.shapes)
 
 
 class StepTimer(Steps):
