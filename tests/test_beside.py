@@ -803,3 +803,18 @@ def test_be_lightning_a_function_that_makes_no_callback_is_refused(
                      "+callbacks.mine._target_=test_beside.several")  # fmt: skip
     with pytest.raises(Refused, match=r"callbacks\.mine\._target_ must make a Callback, got"):
         build(config, [])
+
+
+class OfFirstRank(Plain):
+    """Measures what is slow to measure, such as an FID, on one rank."""
+
+    def on_validation_epoch_end(self) -> None:
+        if self.global_rank == 0:
+            self.log("val_fid", 1 / (1.0 + self.current_epoch), rank_zero_only=True)
+
+
+def test_be_monitor_what_one_rank_has_measured_decides_for_all(
+    composed: Callable[..., DictConfig],
+) -> None:
+    typed = ("strategy=ddp", "trainer.devices=2", "callbacks.checkpoint.monitor=val_fid")
+    assert trained(composed, OfFirstRank, *typed)["metrics"]["val_fid"] == pytest.approx(1 / 3)

@@ -275,7 +275,8 @@ class Checkpoints(Kept):
             return
         self._has_validated = True
         name = logged_as(self.monitor, trainer.callback_metrics)
-        if self._watched.is_measured(trainer) or self._watched.name != name:
+        is_measured = self._watched.is_measured(trainer) or self._watched.name != name
+        if trainer.strategy.broadcast(is_measured):
             self._of_validation = True
             self._keep_if_best(trainer, name)
 
@@ -306,7 +307,7 @@ class Checkpoints(Kept):
 
     def _judge_epoch(self, trainer: pl.Trainer, model: pl.LightningModule, monitor: str) -> None:
         name = logged_as(monitor, trainer.callback_metrics)
-        if name in trainer.callback_metrics:
+        if trainer.strategy.broadcast(name in trainer.callback_metrics):
             self._keep_if_best(trainer, name)
         elif self._has_validated or not (trainer.enable_validation or stage_of(monitor) == "val"):
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
@@ -318,7 +319,10 @@ class Checkpoints(Kept):
             self.monitor = None
 
     def _keep_if_best(self, trainer: pl.Trainer, monitor: str) -> None:
-        score = float(trainer.callback_metrics[monitor])
+        value = trainer.callback_metrics.get(monitor, math.nan)
+        score = float(
+            trainer.strategy.broadcast(float(value))
+        )  # of the first rank: all save, or none
         if self._is_better(score):
             self.best_score = score
             self.best_model_path = str(self.directory / "best.ckpt")

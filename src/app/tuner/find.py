@@ -144,9 +144,8 @@ def batch_size_of(config: Config, *, key: str) -> tuple[Answer, str, Given]:
     bound, why = largest_allowed(config, settings, about, key=key)
     attempt = Attempt(
         lambda size: config.changed({key: size}),
-        key=key,
+        served=Served(key, value_at(config.plain, key)),
         num_steps=settings.steps_per_trial,
-        given=value_at(config.plain, key),
     )
     answer = search(
         attempt,

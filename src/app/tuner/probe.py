@@ -126,11 +126,9 @@ class Attempt:
     """
 
     def __init__(
-        self, changed: Callable[[int], Config], *, key: str, num_steps: int, given: float = 0
+        self, changed: Callable[[int], Config], *, served: "Served", num_steps: int
     ) -> None:
-        self._changed = changed
-        self._num_steps = num_steps
-        self._served = Served(key, given)
+        self._changed, self._served, self._num_steps = changed, served, num_steps
 
     def __call__(self, size: int) -> float | None:
         """Run a size; returns its samples per second."""
