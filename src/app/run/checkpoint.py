@@ -189,12 +189,6 @@ class Kept(Checkpoint):
             None if self.best_score is None else torch.tensor(self.best_score, dtype=torch.float64)
         )
 
-    @property
-    def best_k_models(self) -> dict[str, Tensor]:
-        """The best checkpoint, with its metric."""
-        score = self.best_model_score
-        return {} if score is None else {self.best_model_path: score}
-
 
 class Checkpoints(Kept):
     """Keeps the best checkpoint by a metric, the last one, and the one before the last.
