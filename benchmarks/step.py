@@ -31,10 +31,10 @@ from torch import Tensor
 
 from app.models.mlp import Mlp
 from app.record.loggers import MetricsCsv
+from app.record.metrics import StepMetrics
 from app.resume.exact import ExactResume
 from app.resume.position import ResumableLoader
 from app.run.build import build_callbacks, build_trainer
-from app.run.metrics import StepMetrics
 from app.run.trainer import Trainer
 
 ROUNDS = 21

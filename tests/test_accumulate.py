@@ -35,11 +35,11 @@ from app.conf.accumulate.schema import ScheduledAccumulation as ScheduledSchema
 from app.errors import Refused
 from app.parallel.sizes import accumulation_factor
 from app.record.loggers import MetricsCsv, read_metrics
+from app.record.metrics import StepMetrics
 from app.resume.exact import ExactResume
 from app.resume.hooks import DataHooks
 from app.run.build import build
 from app.run.checkpoint import CheckpointFiles
-from app.run.metrics import StepMetrics
 from app.run.trainer import Trainer
 
 pytestmark = [

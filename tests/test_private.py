@@ -46,7 +46,7 @@ QUIET: Any = {"logger": False, "barebones": True}
 
 HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
     "._batches_that_stepped": (
-        "resume/unfinished.py run/metrics.py",
+        "resume/unfinished.py record/metrics.py",
         "that a line of the step metrics, and one that waits in a checkpoint, has Lightning's step",
         lambda: _of(lambda: pl.Trainer(**QUIET).fit_loop.epoch_loop, "_batches_that_stepped"),
     ),

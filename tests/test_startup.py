@@ -41,7 +41,7 @@ app.models.cnn1d app.optim app.parallel.data_parallel app.parallel.sharded app.p
 app.precision app.process.intact app.process.random_state app.record.loggers app.record.names
 app.record.result app.resume app.resume.exact app.resume.hooks app.resume.modes app.resume.position
 app.resume.unfinished app.run app.run.beside app.run.build app.run.checkpoint app.run.measured
-app.run.metrics app.run.progress app.run.raw app.run.signals app.run.trainer app.strategy
+app.record.metrics app.run.progress app.run.raw app.run.signals app.run.trainer app.strategy
 """
 """Ours, of the default run, beside those."""
 

@@ -22,13 +22,13 @@ from app.parallel.data_parallel import DataParallel
 from app.parallel.sharded import Sharded
 from app.process.targets import refuse_targets
 from app.record.loggers import MetricsCsv, NoLogger
+from app.record.metrics import AwaitedMetrics, StepMetrics, awaited_metrics
 from app.resume.exact import ExactResume
 from app.resume.hooks import DataHooks
 from app.resume.position import refuse_empty
 from app.run.beside import checked, refuse_beside, refuse_lightnings
 from app.run.checkpoint import CheckpointFiles, Checkpoints
 from app.run.measured import Measured, keeper, measured
-from app.run.metrics import AwaitedMetrics, StepMetrics, awaited_metrics
 from app.run.raw import ClipsRaw
 from app.run.trainer import Trainer
 

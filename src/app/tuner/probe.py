@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -144,10 +145,8 @@ class Attempt:
             num_ranks=num_ranks,
             served=longest_first_of_all,
         )
-        try:
+        with suppress(NoBatch):
             fit(run)
-        except NoBatch:
-            raise Untrained("no batch is served") from None
         if timer.num_steps == 0:
             raise Untrained("no batch is served")
         if timer.shapes is not None:
