@@ -259,8 +259,9 @@ class MetricsCsv(NoLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Bring the file up to date."""
-        if self._waits:  # the trainer has not begun: nothing is written again
-            self._first_step, self._waits = MOST_STEPS, False
+        if self._waits:  # the trainer has not begun: but for a test, nothing is written again
+            self._first_step = self._num_steps() if status == "success" else MOST_STEPS
+            self._waits = False
         self.save()
 
     def _rewrite(self) -> None:
@@ -284,12 +285,14 @@ class MetricsCsv(NoLogger):
 
 
 def _before(lines: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
-    """The lines before those of a step and the ones after it, in the order of the file: a model may
-    have logged with steps of its own. The trainer's lines have an epoch."""
-    steps = [(int(line["step"]), "epoch" in line) for line in lines]
-    end = next((at for at, (own, has) in enumerate(steps) if has and own >= step), len(lines))
-    sure = max((at for at, (_, has) in enumerate(steps[:end], 1) if has), default=0)
-    return lines[:sure] + [line for line in lines[sure:end] if int(line["step"]) < step]
+    """The lines before those of a step: in the order of the file, as a model may have logged with
+    steps of its own. Lines of the trainer have an epoch."""
+    of_trainer = [at for at, line in enumerate(lines) if "epoch" in line]
+    known = [at for at in of_trainer if int(lines[at]["step"]) < step]
+    last = max(known, default=-1)
+    ends = [at for at in of_trainer if int(lines[at]["step"]) >= step]
+    ends += [at for at in range(last + 1, len(lines)) if int(lines[at]["step"]) >= step]
+    return lines[: min(ends, default=len(lines))]
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

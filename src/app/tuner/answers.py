@@ -78,9 +78,9 @@ def recalled(config: Config, folder: RunFolder) -> dict[str, Any] | None:
 def write_tuned(path: Path, overrides: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
     """Keep the overrides and where they are from."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"overrides": dict(overrides), "provenance": dict(provenance)}
+    content = OmegaConf.create({"overrides": dict(overrides), "provenance": dict(provenance)})
     head = "# Found by a tuner. Use it again with tuned=PATH_OF_THIS_FILE.\n"
-    write_atomically(path, head + OmegaConf.to_yaml(OmegaConf.create(content)))
+    write_atomically(path, head + OmegaConf.to_yaml(content))
 
 
 def cache_key(config: Mapping[str, Any], *, device: str) -> str:

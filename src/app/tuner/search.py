@@ -307,8 +307,7 @@ def search_batch_size(
 
     Source: Lightning's `BatchSizeFinder`, but the answer ran, and bounds are tried and kept.
     """
-    assert init_val >= 1, init_val
-    assert max_val >= 1, max_val
+    assert min(init_val, max_val) >= 1, (init_val, max_val)
     assert 0 <= margin < 1, margin
     if mode == "model" and capacity_bytes is None:
         raise Refused(_no_memory_reported())
