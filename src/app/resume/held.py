@@ -98,7 +98,7 @@ class Held:
 
     def _counters(self, holders: Holders) -> dict[str, Any]:
         """The numbers that are kept, such as an epoch."""
-        counting = {p: o for p, o in holders.items() if not isinstance(o, _NOT_COUNTING)}
+        counting = {p: o for p, o in holders.items() if _counts(o)}
         found = self._of(counting, NUMBERS)
         flags = bool | np.bool_ | None
         if self._collects:
@@ -118,7 +118,10 @@ class Held:
         return before is not one or extent != _extent(one)
 
 
-_NOT_COUNTING = (DataLoader, pl.LightningDataModule)
+def _counts(one: Any) -> bool:
+    """Whether the numbers of an object are kept: not of one that has a state, or is told."""
+    has_state = hasattr(one, "load_state_dict") and not isinstance(one, nn.Module)
+    return not has_state and not isinstance(one, DataLoader | pl.LightningDataModule)
 
 
 def holders_of(loader: Any) -> Holders:
