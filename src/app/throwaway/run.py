@@ -192,24 +192,28 @@ class Steps(pl.Callback):
 def end(trainer: pl.Trainer) -> None:
     """End a throwaway run; what the user's callbacks and model then do may be for want of a fit."""
     assert isinstance(trainer, ThrowawayTrainer)
-    callbacks: list[pl.Callback] = trainer.callbacks
-    for one in (*callbacks, trainer.lightning_module):
-        for name in AFTER:
-            hook = getattr(one, name)
-            is_ours = type(one).__module__.startswith("app.")
-            if not (is_ours or trainer.is_over or isinstance(hook, partial)):
-                vars(one)[name] = partial(_forgiven, f"{type(one).__name__}.{name}", hook)
+    if not trainer.is_over:
+        forgive(trainer, trainer.lightning_module, AFTER)
     trainer.end()
 
 
+def forgive(trainer: pl.Trainer, model: pl.LightningModule, hooks: Sequence[str]) -> None:
+    """Let hooks of the user's callbacks and model fail, with a warning, for want of a whole fit."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for one in (*callbacks, model):
+        for name in hooks if not type(one).__module__.startswith("app.") else ():
+            if not isinstance(hook := getattr(one, name), partial):
+                vars(one)[name] = partial(_forgiven, f"{type(one).__name__}.{name}", hook)
+
+
 def _forgiven(name: str, hook: Callable[..., None], *args: Any) -> None:
-    """Call a hook at the end of a search, which is no whole epoch and no fit."""
+    """Call a hook in a search, which measures no validation and is no whole fit."""
     try:
         hook(*args)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        rank_zero_warn(f"tuner: {name} fails after a search: {type(error).__name__}: {error}")
+        rank_zero_warn(f"tuner: {name} fails in a search: {type(error).__name__}: {error}")
 
 
 def end_before_training(trainer: pl.Trainer) -> None:
@@ -276,6 +280,8 @@ def throwaway(
         techniques=techniques,
         served=served,
     )
+    if not validates:  # whose metrics may be asked for
+        forgive(run.trainer, run.model, ("on_train_epoch_end",))
     keeper.directory = Path(run.trainer.default_root_dir) / "checkpoints"
     of_model = run.model.configure_callbacks
     run.model.configure_callbacks = lambda: kept(of_model())  # type: ignore[method-assign]

@@ -142,7 +142,6 @@ class RateSweep(Steps):
         losses = self.losses
         self.has_diverged = bool(losses) and diverged(losses, beta=beta, factor=self._divergence)
         if len(self.losses) == len(self.rates) or self.has_diverged:
-            trainer.limit_val_batches = 0  # such weights are nothing to measure
             end(trainer)
 
     def _loss(self, trainer: pl.Trainer, model: pl.LightningModule, outputs: Any) -> Any:
@@ -294,7 +293,7 @@ def range_test(
     run = throwaway(
         config,
         steps=sweeping,
-        validates=True,  # what acts at an epoch's end may ask for its metrics
+        validates=False,
         callbacks=[*callbacks, RateBar(sweeping)],
     )
     complete = True
