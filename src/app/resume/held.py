@@ -87,6 +87,7 @@ class Held:
                 continue
             attributes: Any = vars(holders[path])
             attributes[attribute] = value
+            self._made_with.pop(name, None)  # and is kept from now on
 
     def _of(self, holders: Holders, kinds: Any) -> dict[str, Any]:
         return {

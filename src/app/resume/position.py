@@ -181,6 +181,7 @@ class ResumableLoader:
             if first is not self:
                 return chain([first], batches)
             set_random_state(after)
+            self._num_begun = restored["num_begun"]
             return self._begun()
         self._holds.set_state(restored["held_start"])
         set_random_state(restored["epoch_start"])
@@ -239,7 +240,8 @@ class ResumableLoader:
             return {**self._ahead, "is_new_epoch": False}
         keeps_data = hasattr(getattr(self.loader, "dataset", self.loader), "state_dict")
         if mid_epoch or (self._finds_itself and keeps_data):
-            return {**self._now(), "is_new_epoch": not mid_epoch}
+            begun = {} if mid_epoch else {"num_begun": self._num_begun}
+            return {**self._now(), **begun, "is_new_epoch": not mid_epoch}
         return {"held": self._holds.state(), "is_new_epoch": True, "num_begun": self._num_begun}
 
     def restore(self, position: Mapping[str, Any], *, epoch: int) -> None:
