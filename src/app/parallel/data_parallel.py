@@ -156,48 +156,36 @@ class DataParallel(pl.Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._refuse_unfrozen(trainer, pl_module)
 
-    def on_validation_batch_start(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._begin_evaluation("val_dataloader", pl_module, batch_idx, dataloader_idx)
+    def on_validation_batch_start(self, *args: Any) -> None:
+        self._begin_evaluation("val_dataloader", *args)
 
     def on_validation_batch_end(self, *args: Any) -> None:
         self._end_evaluation()
 
-    def on_test_batch_start(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._begin_evaluation("test_dataloader", pl_module, batch_idx, dataloader_idx)
+    def on_test_batch_start(self, *args: Any) -> None:
+        self._begin_evaluation("test_dataloader", *args)
 
     def on_test_batch_end(self, *args: Any) -> None:
         self._end_evaluation()
 
     def _begin_evaluation(
-        self, name: str, model: pl.LightningModule, batch_idx: int, dataloader_idx: int
+        self,
+        name: str,
+        trainer: pl.Trainer,
+        model: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Note the metrics before a batch that repeats a sample, which counts only once."""
         samplers = self._evaluated.get(name, [])
         sampler = samplers[dataloader_idx] if dataloader_idx < len(samplers) else None
         if sampler is None or not sampler.repeats(batch_idx):
             return
-        for part in model.modules():
-            if isinstance(part, MetricCollection):
-                list(part.items())  # lets metrics that share a state have copies of it
-        metrics = [part for part in model.modules() if isinstance(part, Metric)]
         self._before_repeat = [
             (metric, {key: _copy_of(value) for key, value in metric.metric_state.items()},
              metric.update_count)
-            for metric in metrics
+            for metric in metrics_in(model).values()
         ]  # fmt: skip
 
     def _end_evaluation(self) -> None:
@@ -269,6 +257,14 @@ class DataParallel(pl.Callback):
                 if self._before_repeat is not None and settings.get("reduce_fx") in SUMS:
                     value = value * 0
         log(name, value, *args, **settings)
+
+
+def metrics_in(model: pl.LightningModule) -> dict[str, Metric]:
+    """The metrics of a model, by name; those that share a state have copies of it."""
+    for part in model.modules():
+        if isinstance(part, MetricCollection):
+            list(part.items())
+    return {name: part for name, part in model.named_modules() if isinstance(part, Metric)}
 
 
 def _copy_of(state: Any) -> Any:

@@ -6,7 +6,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+
+from app.parallel.data_parallel import metrics_in
 
 REDUCED = {"mean": torch.mean, "sum": torch.sum, "min": torch.min, "max": torch.max}
 SETTINGS = ("prog_bar", "logger", "on_step", "on_epoch", "add_dataloader_idx", "metric_attribute")
@@ -32,12 +33,9 @@ class Unfinished:
         results = dict(_logged(trainer))
         # Lightning resets those which it was given, at the start of the next epoch
         given = {id(one.value) for one in results.values() if not one.is_tensor}
-        for part in model.modules():
-            if isinstance(part, MetricCollection):
-                list(part.items())  # lets metrics that share a state have copies of it
         metrics = {
             name: {"count": metric.update_count, "state": _copied(metric.metric_state)}
-            for name, metric in _metrics(model).items()
+            for name, metric in metrics_in(model).items()
             if metric.update_called and not (epoch_ends and id(metric) in given)
         }
         logged = {} if epoch_ends else self.waiting | {
@@ -54,7 +52,7 @@ class Unfinished:
         self, trainer: pl.Trainer, model: pl.LightningModule, state: Mapping[str, Any]
     ) -> None:
         """Go on from what `state` returned, before the first batch."""
-        known = _metrics(model)
+        known = metrics_in(model)
         for name in state["metrics"].keys() & known.keys():
             metric, saved = known[name], state["metrics"][name]
             for key, value in _copied(saved["state"], metric.device).items():
@@ -101,10 +99,6 @@ class Unfinished:
 
 def _logged(trainer: pl.Trainer) -> Mapping[str, Any]:
     return trainer.fit_loop.epoch_loop._results
-
-
-def _metrics(model: pl.LightningModule) -> dict[str, Metric]:
-    return {name: part for name, part in model.named_modules() if isinstance(part, Metric)}
 
 
 def _entry(one: Any) -> dict[str, Any]:
