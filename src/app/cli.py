@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra import errors as of_hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf import errors as of_omegaconf
 from yaml import MarkedYAMLError
 
@@ -330,9 +330,17 @@ def _unknown_key(error: of_omegaconf.OmegaConfBaseException) -> str:
     key, parent = str(error.full_key), error.parent_node
     prefix = key.rpartition(".")[0]
     known = [str(item) for item in parent or ()] if isinstance(parent, DictConfig) else []
+    if told := replaced(key, OmegaConf.get_type(parent) if parent is not None else None):
+        return told
     if not known and prefix in groups():
         return no_effect(key, prefix)
     return unknown_key(key, known)
+
+
+def replaced(key: str, schema: Any) -> str | None:
+    """What to say of a key that something else here replaces, as its schema says."""
+    instead = getattr(schema, "_instead_", {}).get(key.rpartition(".")[2])
+    return instead and f"{key} is replaced here by something else; {instead}"
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:

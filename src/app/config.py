@@ -75,6 +75,13 @@ class Config(Typed):
                 raise AttributeError(name)
             return getattr(self._typed, name)
 
+    @property
+    def train_limit(self) -> int | float | None:
+        """Micro-batches of a training epoch (int), or their share (float); None = all."""
+        trainer = self.plain["trainer"]
+        limit: int | float | None = trainer["overfit_batches"] or trainer["limit_train_batches"]
+        return limit
+
     def changed(self, overrides: Mapping[str, Any]) -> "Config":
         """The configuration with other values of dotted keys, as if they had been typed."""
         return check(with_overrides(self.composed, overrides)) if overrides else self
@@ -200,7 +207,8 @@ def _refuse_unread(cfg: DictConfig) -> None:
                 if not (value is None or (isinstance(value, DictConfig) and "_target_" in value)):
                     raise Refused(f"{key} needs a class; type +{key}._target_=package.module.Class")
             elif path or not (_is_group(name, value) or _is_read(name, cfg)):
-                raise Refused(cli.unknown_key(key, [item for item in known if item[0] != "_"]))
+                told = cli.replaced(key, shape)
+                raise Refused(told or cli.unknown_key(key, [k for k in known if k[0] != "_"]))
 
 
 def _nodes(node: DictConfig, path: str) -> Iterator[tuple[str, DictConfig]]:

@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from torchmetrics import Metric, MetricCollection
 
 from app.errors import Refused
-from app.parallel.split import WHOLE, SharedSampler, mean_over_ranks, share_of, split
+from app.parallel.split import WHOLE, SharedSampler, each, mean_over_ranks, share_of, split
 
 SUMS = ("sum", sum, torch.sum)
 """What Lightning takes for a sum of what is logged."""
@@ -206,10 +206,7 @@ class DataParallel(pl.Callback):
                 unsplit.append(loader)
             return found
 
-        if isinstance(loaders, CombinedLoader):
-            loaders.flattened = [one(loader) for loader in loaders.flattened]
-        else:
-            loaders = torch.utils._pytree.tree_map(one, loaders)
+        loaders = each(one, loaders)
         if unsplit:
             what = getattr(unsplit[0], "dataset", unsplit[0])
             rank_zero_warn(

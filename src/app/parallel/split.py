@@ -7,15 +7,23 @@ the step the mean over its samples all the same. Nothing is repeated and nothing
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
+from torch.utils._pytree import tree_map
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    SequentialSampler,
+)
 
 from app.process.random_state import random_state, sampling_state, set_random_state, under
 from app.process.ranks import ranks
@@ -203,6 +211,37 @@ def split(loader: Any, *, share: Share, evaluates: bool) -> tuple[Any, bool]:
     else:
         sampler = SharedSampler(sampler=batches, batch_size=None, drop_last=False, **shared)
     return rebuilt(loader, batch_sampler=sampler), True
+
+
+def each(change: Callable[[Any], Any], loaders: Any) -> Any:
+    """What a loader's method returned, with each loader in it changed."""
+    if isinstance(loaders, CombinedLoader):
+        loaders.flattened = [change(loader) for loader in loaders.flattened]
+        return loaders
+    return tree_map(change, loaders)
+
+
+def in_order(loader: Any) -> Any:
+    """A loader that serves its samples as the data set has them, in each epoch alike; one whose
+    order is its own is left as it is, with a warning."""
+    if hasattr(loader, "shard"):
+        twin = copy.copy(loader)
+        twin.shuffle = False
+        return twin
+    batches = getattr(loader, "batch_sampler", None)
+    is_own = batches is not None and type(batches) is not BatchSampler
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or is_own:
+        what = type(batches if is_own else getattr(loader, "dataset", loader)).__name__
+        rank_zero_warn(
+            f"trainer.overfit_batches leaves the order to {what}: where it shuffles, other batches "
+            "are trained on in each epoch"
+        )
+        return loader
+    sampler = SequentialSampler(loader.dataset)  # type: ignore[arg-type]  # as Lightning does
+    if batches is None:
+        return copied(loader, sampler=sampler)
+    batches = BatchSampler(sampler, batches.batch_size, batches.drop_last)
+    return copied(loader, sampler=sampler, batch_sampler=batches)
 
 
 def copied(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:

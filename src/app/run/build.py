@@ -20,6 +20,7 @@ from app.errors import Refused
 from app.optim import Schedules, configure_optimizers
 from app.parallel.data_parallel import DataParallel
 from app.parallel.sharded import Sharded
+from app.parallel.split import each, in_order
 from app.process.targets import refuse_targets
 from app.record.loggers import MetricsCsv, NoLogger
 from app.record.metrics import AwaitedMetrics, StepMetrics, awaited_metrics
@@ -116,14 +117,16 @@ def build(
         techniques = build_techniques(config)
         for technique in techniques:
             refuse_lightnings("accumulate, clip and averaging", technique)
+    if config.plain["trainer"]["overfit_batches"] is not None:
+        fitted = ("train_dataloader", "val_dataloader")
+        hooks.around_loaders(lambda name, of: each(in_order, of) if name in fitted else of)
     if not is_single(config.strategy):
         weighted = all(getattr(one, "weight_by", None) is None for one in techniques)
         accumulates = any(isinstance(one, Accumulation) for one in techniques)
         parallel.append(DataParallel(weighted=weighted, accumulates=accumulates))
         hooks.around_loaders(parallel[0].loaders)
         hooks.in_place_of("log", parallel[0].log(model, model.log))
-    limit = config.plain["trainer"]["limit_train_batches"]
-    hooks.around_training(partial(refuse_empty, limit=limit))
+    hooks.around_training(partial(refuse_empty, limit=config.train_limit))
     if served is not None:
         hooks.around_training(served)
     resume = ExactResume(parallel[0].fillers if parallel else None)

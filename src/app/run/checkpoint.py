@@ -381,11 +381,20 @@ class Checkpoints(Kept):
         trainer.save_checkpoint(self.last, weights_only=False)
 
 
+def stops_now(trainer: pl.Trainer) -> bool:
+    """Whether the fit was asked to stop, and has made the epochs and steps that it has to."""
+    if not trainer.should_stop:
+        return False
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    has_made = epochs.processed >= (trainer.min_epochs or 0)
+    return has_made and trainer.global_step >= (trainer.min_steps or 0)
+
+
 def validation_is_due(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Whether Lightning validates after this micro-batch."""
     every = trainer.check_val_every_n_epoch
     interval = trainer.val_check_batch
-    if trainer.should_stop:
+    if stops_now(trainer):
         is_due = True
     elif interval in (None, math.inf):
         is_due = trainer.is_last_batch

@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,10 +11,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch import profilers
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins import CheckpointIO, LayerSync, Precision
 from lightning.pytorch.strategies import Strategy
 
 from app.accumulate import Accumulation
@@ -47,6 +49,40 @@ def refuse_hardware(threads: int | None, accelerator: str) -> None:
         )
 
 
+PROFILERS = {
+    "simple": profilers.SimpleProfiler,
+    "advanced": profilers.AdvancedProfiler,
+    "pytorch": profilers.PyTorchProfiler,
+}
+
+
+def made_profiler(kind: str | None, folder: Path) -> profilers.Profiler | None:
+    """A profiler of Lightning's that writes into the folder; None where none is asked for."""
+    return None if kind is None else PROFILERS[kind](dirpath=folder, filename="profile")
+
+
+def refuse_plugins(plugins: Mapping[str, Any], *, precision: str) -> bool:
+    """Whether one of the plugins is the arithmetic, in place of a mode of `precision`.
+
+    Raises Refused where one does what something here does.
+    """
+    taken: dict[type, str] = {
+        CheckpointIO: "a CheckpointIO, as the files of a run are made and read by "
+        "callbacks.checkpoint; leave it out",
+        ClusterEnvironment: "a ClusterEnvironment, as the ranks are started by strategy and "
+        "launch; leave it out, and type strategy=ddp",
+    }
+    if precision != "32-true":
+        taken[Precision] = f"a Precision beside that of the group, {precision}; type precision=fp32"
+    for name, plugin in plugins.items():
+        said = next((text for kind, text in taken.items() if isinstance(plugin, kind)), None)
+        if said is None and not isinstance(plugin, Precision | LayerSync):
+            said = f"a {type(plugin).__name__}; leave it out"
+        if said is not None:
+            raise Refused(f"trainer.plugins.{name} must be a LayerSync or a Precision, got {said}")
+    return any(isinstance(plugin, Precision) for plugin in plugins.values())
+
+
 class _Alone(LightningEnvironment):
     """A process that no other one looks for; its process group, where it has one, is for itself."""
 
@@ -67,10 +103,14 @@ class Trainer(AveragingTrainer):
     Args:
         max_epochs, max_steps, max_minutes: the run ends at whichever comes first; None is no
             limit. A step is an optimizer step.
+        min_epochs, min_steps: before which nothing else ends it early.
         devices, num_nodes: processes of each machine, and machines.
         threads: intra-op threads of torch on the CPU; None leaves torch's own choice. Tiny models
             are faster with one, and give the same weights on every machine load.
         deterministic: refuse operations that have no deterministic implementation.
+        overfit_batches: train on the first of them only, and validate on as many.
+        profiler: simple, advanced or pytorch; writes into `run_dir`.
+        plugins: Lightning's, by the names that say which one is refused.
         strategy: Lightning's, or its name. "auto" trains this process alone, also where it is one
             of several.
         run_dir: folder of the run.
@@ -85,21 +125,30 @@ class Trainer(AveragingTrainer):
         max_epochs: int | None,
         max_steps: int | None,
         max_minutes: float | None,
+        min_epochs: int | None,
+        min_steps: int | None,
         accelerator: str,
         devices: int,
         num_nodes: int,
         sync_batchnorm: bool,
         threads: int | None,
-        deterministic: bool,
+        deterministic: bool | str,
         benchmark: bool | None,
         limit_train_batches: int | float | None,
         limit_val_batches: int | float | None,
         limit_test_batches: int | float | None,
+        limit_predict_batches: int | float | None,
+        overfit_batches: int | float | None,
         val_check_interval: int | float,
         check_val_every_n_epoch: int | None,
         num_sanity_val_steps: int,
         log_every_n_steps: int,
         detect_anomaly: bool,
+        inference_mode: bool,
+        reload_dataloaders_every_n_epochs: int,
+        profiler: str | None,
+        plugins: dict[str, Any],
+        enable_autolog_hparams: bool,
         strategy: Strategy | str,
         precision: str,
         matmul: str,
@@ -132,10 +181,15 @@ class Trainer(AveragingTrainer):
         # not Lightning's for SLURM, which would requeue by itself
         joins = is_one_of_several and strategy != "auto"
         environment = TorchElasticEnvironment() if joins else _Alone()
-        plugins: list[Any] = [checkpoint_io, environment]
+        has_own = refuse_plugins(plugins, precision=precision)
+        if overfit_batches is not None:  # not Lightning's: it would take the loaders apart
+            limit_train_batches = overfit_batches
+            limit_val_batches = 0 if limit_val_batches in (0, 0.0) else overfit_batches
         super().__init__(
             max_epochs=-1 if max_epochs is None else max_epochs,
             max_steps=-1 if max_steps is None else max_steps,
+            min_epochs=min_epochs,
+            min_steps=min_steps,
             max_time=None if max_minutes is None else {"seconds": round(60 * max_minutes)},
             accelerator=accelerator,
             strategy=strategy,
@@ -143,21 +197,26 @@ class Trainer(AveragingTrainer):
             num_nodes=num_nodes,
             sync_batchnorm=sync_batchnorm,
             use_distributed_sampler=False,  # DataParallel splits the data
-            deterministic=deterministic,
+            deterministic=deterministic,  # type: ignore[arg-type]  # checked by the schema
             benchmark=benchmark,
             limit_train_batches=limit_train_batches,
             limit_val_batches=limit_val_batches,
             limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
             val_check_interval=val_check_interval,
             check_val_every_n_epoch=check_val_every_n_epoch,
             num_sanity_val_steps=num_sanity_val_steps,
             log_every_n_steps=log_every_n_steps,
             detect_anomaly=detect_anomaly,
-            precision=precision,  # type: ignore[arg-type]  # checked by the schema
+            inference_mode=inference_mode,
+            reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs,
+            profiler=made_profiler(profiler, run_dir),
+            enable_autolog_hparams=enable_autolog_hparams,
+            precision=None if has_own else precision,  # type: ignore[arg-type]  # likewise
             default_root_dir=run_dir,
             callbacks=list(callbacks),
             logger=list(loggers),
-            plugins=plugins,
+            plugins=[checkpoint_io, environment, *plugins.values()],
             enable_checkpointing=any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
             enable_progress_bar=enable_progress_bar,
             enable_model_summary=False,

@@ -72,7 +72,8 @@ class ThrowawayTrainer(Trainer):
         folder = mkdtemp()
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         limits: Any = {"max_epochs": None, "max_steps": None, "max_minutes": None}
-        own = {"run_dir": Path(folder), "loggers": [NoLogger(save_dir=folder)]}
+        own = {"run_dir": Path(folder), "loggers": [NoLogger(save_dir=folder)], "profiler": None}
+        own |= {"min_epochs": None, "min_steps": None}
         super().__init__(**limits, **(settings | own))
 
     @property

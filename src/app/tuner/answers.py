@@ -24,7 +24,7 @@ DECIDING = ("model", "data", "optimizer", "accumulate", "clip", "averaging", "st
 """Groups whose settings decide what a finder answers. Not the schedule, which is built from the
 answer, and not the seed, so that a sweep over seeds searches once."""
 
-OF_TRAINER = ("threads", "devices", "num_nodes", "limit_train_batches")
+TRAINER = ("threads", "devices", "num_nodes", "limit_train_batches", "overfit_batches", "plugins")
 OF_CALLBACKS = ("checkpoint", "early_stopping", "progress")
 """Callbacks that are not in a search."""
 
@@ -100,7 +100,7 @@ def cache_key(config: Mapping[str, Any], *, device: str) -> str:
     modules = {str(getattr(one, "__module__", None)) for one in found}
     decides = {
         **movable({**chosen, "run_dir": config["run_dir"]}),
-        **{key: config["trainer"][key] for key in OF_TRAINER},
+        **{key: config["trainer"][key] for key in TRAINER},
         "source": sources(modules),
         "files": [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns]
                   for path in sorted(_files(chosen))],

@@ -122,7 +122,7 @@ def made_up_for(
 
 def _steps(config: Config, samples: int | None, *, batch: int, factor: int) -> int | None:
     """Optimizer steps of a run; None where neither data nor limits tell."""
-    epochs, limit = config.trainer.max_epochs, config.trainer.limit_train_batches
+    epochs, limit = config.trainer.max_epochs, config.train_limit
     if samples is None or epochs is None:
         return config.trainer.max_steps
     batches = math.ceil(samples / batch)
