@@ -55,6 +55,7 @@ class Seen:
             is_dataclass(group) and str(getattr(group, "_target_", "")).startswith("app.")
             for group in (run.model, run.data)
         )
+        self.is_debug = run.debug is not None  # whose end is no matter of what was chosen
         self.on_cpu = self.trainer.accelerator == "cpu"
         self.is_endless = self.trainer.max_epochs is None and self.trainer.max_steps is None
         self.is_unvalidated = self.trainer.limit_val_batches in (0, 0.0)
@@ -71,7 +72,7 @@ class Seen:
     @property
     def late_milestones(self) -> list[int]:
         """Epochs of a scheduler that the run does not reach."""
-        end = self.trainer.max_epochs or math.inf
+        end = math.inf if self.is_debug else self.trainer.max_epochs or math.inf
         return [epoch for epoch in self.scheduler.milestones or () if epoch >= end]
 
     @property
@@ -83,7 +84,7 @@ class Seen:
     def end_of_starts(self) -> float:
         """The end of the run in the unit of an accumulation schedule."""
         end = self.trainer.max_epochs if self.accumulate.by == "epoch" else self.trainer.max_steps
-        return math.inf if end is None else end
+        return math.inf if end is None or self.is_debug else end
 
     @property
     def late_starts(self) -> list[int]:
@@ -100,7 +101,8 @@ class Seen:
             ("start", self.trainer.max_epochs),
         ):
             start = getattr(self.averaging, key)
-            if isinstance(start, int) and end is not None and start >= end:
+            is_late = isinstance(start, int) and end is not None and start >= end
+            if is_late and not self.is_debug:
                 return {"key": key, "start": start, "end": end, "half": end // 2}
         return {}
 

@@ -50,6 +50,8 @@ class Train:
     """A metric of result.json that the command returns to a sweeper, such as val_loss."""
     direction: Direction | None = None
     """Whether a sweeper looks for the least or the greatest objective; null = by its name."""
+    debug: str | None = text(instead="type {key}=fast, or {key}=none")
+    """The preset of `debug` that has made the run a short one."""
     run_dir: str = folder(instead="type name=NAME")
     """Folder of the run, given by Hydra."""
     model: Any = MISSING

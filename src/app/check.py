@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from app import cli
-from app.config import check, describe
+from app.config import changed_by_debug, check, describe
 from app.fit import built
 from app.process.targets import named_in
 from app.tuner.answers import read_tuned
@@ -25,6 +25,8 @@ def main(cfg: DictConfig) -> None:
         config = config.changed(read_tuned(Path(config.tuned)))
     if named_in(config.plain) - cli.shipped_targets():
         built(config, [])
+    for line in changed_by_debug(cfg):
+        print(line)
     for name, text in describe(config.plain):
         print(f"{name:<12}{text}")
     print("ok")

@@ -28,6 +28,9 @@ from app.errors import JobsFailed, RankFailed, Refused
 REFUSALS = (of_hydra.HydraException, of_omegaconf.OmegaConfBaseException, Refused)
 
 
+NAN = re.compile(r"(?<=[=,])nan(?=,|$)")
+"""A preset of `debug`, which Hydra takes for a number."""
+
 VERSION_BASE = "1.3"
 """Of Hydra's behaviour."""
 
@@ -42,8 +45,8 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
     if arguments == ["-sc", "install=bash"]:
         print(Path(__file__).with_name("completion.bash").read_text(), end="")
         return
-    if config_name in ("train", "tune"):
-        sys.argv[1:] = named_after_job(arguments)
+    arguments = [NAN.sub('"nan"', w) if w[:6] == "debug=" else w for w in arguments]
+    sys.argv[1:] = named_after_job(arguments) if config_name in ("train", "tune") else arguments
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand us the exception, not a printed text
     is_sweep = bool({"-m", "--multirun"} & {*arguments}) and not ({*SHOWS} & {*arguments})
     guarded = TaskOfCommand(task)

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from hydra import compose
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -328,6 +330,33 @@ def config_hash(config: Mapping[str, Any]) -> str:
     """Of what decides a run: equal where two commands train the same."""
     text = json.dumps(what_decides(config), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def changed_by_debug(cfg: DictConfig) -> list[str]:
+    """A line for each key that `debug=` has changed: the same command is composed without it."""
+    if cfg.debug is None or not (HydraConfig.initialized() and GlobalHydra().is_initialized()):
+        return []
+    hydra = HydraConfig.get()
+    typed = [word for word in hydra.overrides.task if word.lstrip("+").partition("=")[0] != "debug"]
+    before = _flat(_raw(compose(hydra.job.config_name, [*typed, "debug=none"])))
+    return [
+        f"debug={cfg.debug} changes {key} {_shown(before.get(key))} -> {_shown(value)}"
+        for key, value in _flat(_raw(cfg)).items()
+        if before.get(key) != value and key != "debug"
+    ]
+
+
+def _raw(cfg: DictConfig) -> dict[str, Any]:
+    """A configuration in plain containers, not resolved."""
+    found: Any = OmegaConf.to_container(cfg, enum_to_str=True)
+    return dict(found)
+
+
+def _shown(value: Any) -> str:
+    """A value as it is typed."""
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
 
 
 def describe(config: dict[str, Any]) -> list[tuple[str, str]]:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from app.config import Config, check, folders, is_slurm, max_requeues, what_decides
+from app.config import (
+    Config,
+    changed_by_debug,
+    check,
+    folders,
+    is_slurm,
+    max_requeues,
+    what_decides,
+)
 from app.errors import Refused
 from app.launch.start import placed, run_ranks
 from app.process.asked import asked
@@ -82,6 +90,8 @@ def _run(cfg: DictConfig, typed: list[str]) -> dict[str, Any] | None:
             return prepare(config, folder)
 
         found = everyone.first(prepared)
+        for line in changed_by_debug(cfg) if everyone.is_first else ():
+            print(line)
         if found["result"] is not None:
             if everyone.is_first:
                 status = found["result"]["status"]

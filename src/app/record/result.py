@@ -39,6 +39,7 @@ class Record:
             "status": State.running,
             "name": config["name"],
             "config_hash": config_hash(config),
+            **({} if (debug := config.get("debug")) is None else {"debug": debug}),
             "seconds": self._seconds,
             **({} if (job := slurm_job()) is None else {SLURM_JOB: job}),
             "git_commit": git_commit(),
