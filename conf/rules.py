@@ -162,7 +162,7 @@ def require(holds: bool, text: str) -> None:
         raise ValueError(text)
 
 
-EXTRAS = {"transformer_engine": "fp8"}
+EXTRAS = {"transformer_engine": "fp8", "alembic": "mlflow"}
 """The extra that brings a package, where it has another name."""
 
 

@@ -15,7 +15,7 @@ FLOORS = (
     {"parallel"},
     {"accumulate", "averaging", "clip", "compile", "data", "memory", "models", "optim",
      "precision", "sharing", "strategy"},
-    {"record", "resume"},
+    {"logger", "record", "resume"},
     {"run"},
     {"throwaway"},
     {"tuner"},

@@ -54,6 +54,9 @@ a run as if they were not there."""
 LIGHTNINGS = ("lightning", "pytorch_lightning")
 """Its two packages."""
 
+SECRET = re.compile(r"logger\..*?([^.]*_)?(key|token|password|secret)")
+"""Keys that hold what logs in."""
+
 TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
@@ -120,7 +123,7 @@ def check(cfg: DictConfig) -> Config:
         _refuse_without_class(group, cfg)
     _refuse_unread(cfg)
     refuse_values(cfg)
-    chosen = followed(cfg)
+    chosen = followed(with_named_logger(cfg))
     try:
         typed = OmegaConf.to_object(chosen)  # runs the rules of every schema
     except ValueError as error:
@@ -130,6 +133,17 @@ def check(cfg: DictConfig) -> Config:
     except ArithmeticError as error:
         raise Refused(f"a number is too large to count with: {error}; type a smaller one") from None
     return Config(composed=cfg, typed=typed, plain=plain(chosen))
+
+
+def with_named_logger(cfg: DictConfig) -> DictConfig:
+    """A configuration in which a class that stands alone in `logger` stands beside metrics.csv."""
+    logger = cfg.get("logger")
+    if logger is None or "_target_" not in logger or OmegaConf.is_missing(logger, "_target_"):
+        return cfg
+    found = copy.deepcopy(cfg)
+    csv = found.logger.pop("csv", None)
+    found.logger = {"csv": csv, "custom": found.logger}
+    return found
 
 
 def of_a_run(cfg: DictConfig) -> Config:
@@ -257,6 +271,12 @@ def refuse_values(cfg: DictConfig) -> None:
     for key, value in _scalars(OmegaConf.to_container(cfg), ""):
         if isinstance(value, float) and math.isnan(value):
             raise Refused(f"{key} must be a number, got nan; leave it out, or type a number")
+        if value is not None and SECRET.fullmatch(key):
+            raise Refused(
+                f"{key} must not be in a configuration, which files of the run hold, and was "
+                f"given; type {key}=null, and put it into the environment variable that its class "
+                "reads"
+            )
 
 
 def _refuse_value(key: str, field: "Field[Any]", node: DictConfig) -> None:
@@ -303,7 +323,7 @@ def max_requeues(launch: Any) -> int | None:
 
 def what_decides(config: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys and values that decide what a run trains, wherever its folder is."""
-    return _flat({k: value for k, value in movable(config).items() if k not in OF_THE_COMMAND})
+    return flat({k: value for k, value in movable(config).items() if k not in OF_THE_COMMAND})
 
 
 def movable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -318,11 +338,12 @@ def _replaced(value: Any, old: str, new: str) -> Any:
     return value.replace(old, new) if isinstance(value, str) else value
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted keys."""
     found: dict[str, Any] = {}
     for name, value in config.items():
         nested = isinstance(value, Mapping) and value
-        found |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+        found |= flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return found
 
 

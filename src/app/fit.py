@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
     from app.run.build import Run
+    from app.run.progress import StartTable
     from app.run.pruning import PrunesTrial
 
 
@@ -154,6 +155,7 @@ def search_and_train(
 def train(config: Config, folder: RunFolder) -> dict[str, Any]:
     """Fit and test; returns the content of result.json, which is written also on a failure."""
     with importing():
+        from app.logger.tracking import Tracking
         from app.record.result import Record, draw_curves
         from app.run.build import seed_all
         from app.run.checkpoint import newest_intact
@@ -163,15 +165,17 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
     is_first = ranks().is_first
     before = folder.read_result() or {}
     record = Record(config.plain, folder, writes=is_first)
-    with record.kept(), ExitStack() as given_back:
+    start = StartTable(config.plain)
+    tracking = Tracking(config.plain, folder.path, lambda: facts(start, record.content))
+    with tracking.told(record.content), record.kept(), ExitStack() as given_back:
         with record.phase("build"):
-            start = StartTable(config.plain)
             pruning = pruning_of(config)
-            run = built(config, [start, *pruning, StopsOnSignal()])
+            run = built(config, [start, tracking, *pruning, StopsOnSignal()])
             given_back.callback(run.hooks.release)
         checkpoint = ranks().first(lambda: str(newest_intact(folder.checkpoints) or "")) or None
         if checkpoint is not None and is_first:
             print(f"continuing from {checkpoint}", flush=True)
+        tracking.loggers = run.trainer.loggers
         with record.phase("fit"):
             try:
                 run.trainer.fit(run.model, datamodule=run.data, ckpt_path=checkpoint)
@@ -217,6 +221,12 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
     if is_first:
         print(f"{record.outcome}  {outcome(record.content)}\n{folder.result_path}")
     return record.content
+
+
+def facts(start: "StartTable", content: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of a run beside its configuration, once training starts."""
+    commit = content["git_commit"]
+    return {"num_parameters": start.num_parameters, "git_commit": commit, **start.batch}
 
 
 def outcome(result: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Where the metrics of a run are kept: metrics.csv, and files for TensorBoard."""
+"""Where the metrics of a run are kept: metrics.csv."""
 
 import csv
 import io
@@ -8,26 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
-from app import pip_install
 from app.errors import Unreadable
 from app.process.files import read_steps, skipped, write_atomically
-from app.process.ranks import ranks
-
-
-def tensorboard_where_installed(*, save_dir: str, name: str, version: str) -> Logger | None:
-    """Lightning's TensorBoardLogger; None, said in a line, where TensorBoard is missing."""
-    try:
-        return TensorBoardLogger(save_dir, name=name, version=version)
-    except ModuleNotFoundError:
-        if ranks().is_first:
-            install = pip_install("tensorboard")
-            print(f"no TensorBoard is installed: metrics are in metrics.csv; to have it {install}")
-        return None
-
 
 MOST_STEPS = 10**18
 """Readers take a longer number for no step."""

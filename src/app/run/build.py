@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -137,7 +138,7 @@ def build(
         if isinstance(technique, Accumulation):
             technique.refuse_manual_optimization(model)
     made = [
-        _made(f"logger.{name}", logger, Logger, NoneType)
+        _made(f"logger.{name}", logger, Logger, NoneType, save_dir=config.run_dir)
         for name, logger in (config.plain["logger"] or {}).items()
         if logger
     ]
@@ -291,9 +292,15 @@ def _make(config: Any) -> Any:
     return instantiate(config, _convert_="all")
 
 
-def _made(key: str, config: Mapping[str, Any], *kinds: type) -> Any:
-    """What a key names. Raises Refused where a function has made something else of it."""
+def _made(key: str, config: Mapping[str, Any], *kinds: type, **given: Any) -> Any:
+    """What a key names; of a `_partial_`, with what is given, as far as it takes that.
+
+    Raises Refused where a function has made something else of it.
+    """
     one, name = _make(config), kinds[0].__name__
+    if isinstance(one, partial):
+        known = signature(one).parameters.keys() - one.keywords.keys()
+        one = one(**{name: value for name, value in given.items() if name in known})
     if not isinstance(one, kinds):
         refuse_lightnings(key, one)
         what = f"{type(one).__module__}.{type(one).__qualname__}".removeprefix("builtins.")

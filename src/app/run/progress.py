@@ -61,6 +61,7 @@ class StartTable(pl.Callback):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.batch: dict[str, Any] = {}
+        self.num_parameters: int | None = None
         self._config = dict(config)
         self._num_parameters = 0
         self._lazy: list[torch.nn.Parameter] = []
@@ -95,7 +96,8 @@ class StartTable(pl.Callback):
         steps = trainer.estimated_stepping_batches
         still_lazy = [p for p in self._lazy if is_lazy(p)]
         made = sum(p.numel() for p in self._lazy if not is_lazy(p))  # by the sanity check
-        parameters = f"{self._num_parameters + made:,} parameters"
+        self.num_parameters = self._num_parameters + made
+        parameters = f"{self.num_parameters:,} parameters"
         if still_lazy:
             parameters += f", and {len(still_lazy)} that the first batch shapes"
         rows = [
