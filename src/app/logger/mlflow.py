@@ -4,7 +4,7 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,14 @@ class MLFlow(Tracker, MLFlowLogger):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # of which each waits longer
         noted = self.noted()
+        self._experiment_named = (
+            experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or Path.cwd().name
+        )
         group = group or self.group
         with self._alone():
             super().__init__(
                 tracking_uri=self._uri,
-                experiment_name=experiment_name
-                or os.environ.get("MLFLOW_EXPERIMENT_NAME")
-                or Path.cwd().name,
+                experiment_name=self._experiment_named,
                 run_name=run_name,
                 tags={**tags, **({} if group is None else {"group": group})},
                 run_id=noted.get("run_id") if noted.get("tracking_uri") == self._uri else None,
@@ -70,7 +71,12 @@ class MLFlow(Tracker, MLFlowLogger):
 
     def begin(self) -> None:
         """Begin the run, or go on with it."""
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking import MlflowClient
+
         with self._alone():
+            with suppress(MlflowException):  # it is there, perhaps made by another process just now
+                MlflowClient(self._uri).create_experiment(self._experiment_named)
             client = self.experiment
             client.update_run(self.run_id, status="RUNNING")
             self.note(run_id=str(self.run_id), tracking_uri=self._uri)

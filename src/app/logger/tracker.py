@@ -101,7 +101,7 @@ class Tracker(Logger):
                 said = f"logger.{self.service} has failed: {in_a_line(error)}"
                 print(f"{said}; the run goes on, and metrics.csv has all of it", flush=True)
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """As Lightning's."""
         with self.spared():
             super().log_metrics(metrics, step)  # type: ignore[safe-super]

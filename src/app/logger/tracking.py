@@ -1,5 +1,6 @@
 """What each tracker is told of a run: at the start what it is, at the end what it came to."""
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,8 +124,11 @@ def _end_tensorboard(logger: Any, outcome: Outcome) -> None:
 def _end_wandb(logger: Any, outcome: Outcome) -> None:
     run = logger.experiment
     run.summary.update({**outcome.metrics, "status": str(outcome.state)})
-    for file in outcome.files(logger):
-        run.save(str(file), base_path=str(outcome.folder.parent), policy="now")
+    for file in outcome.files(logger):  # copies: the folder may be moved before they are synced
+        path = Path(run.dir, "run", file.name)  # not beside W&B's own config.yaml
+        path.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, path)
+        run.save(str(path), base_path=run.dir, policy="now")
     run.finish(exit_code=int(outcome.state is not State.finished))
 
 
@@ -132,7 +136,7 @@ def _end_mlflow(logger: Any, outcome: Outcome) -> None:
     client, run_id = logger.experiment, logger.run_id
     logger.log_metrics({f"{OF_THE_END}{name}": value for name, value in outcome.metrics.items()})
     for file in outcome.files(logger):
-        client.log_artifact(run_id, str(file), str(file.relative_to(outcome.folder).parent))
+        client.log_artifact(run_id, str(file))
     client.set_tag(run_id, "status", str(outcome.state))
     client.set_terminated(run_id, ENDS.get(outcome.state, "KILLED"))
 
