@@ -46,7 +46,7 @@ from step import bare
 from torch import Tensor, nn
 
 from app.config import Config
-from app.optim import configure_optimizers
+from app.optim import configure_optimizers, optimizer_of
 from app.run.build import build_model_and_data
 from app.tuner.lr import range_test
 from app.tuner.probe import Prober, release_memory
@@ -337,7 +337,7 @@ def swept(config: Config) -> None:
 def model_and_data(config: Config) -> tuple[pl.LightningModule, pl.LightningDataModule]:
     """Those of a run, with its optimizer."""
     model, data = build_model_and_data(config)
-    make = instantiate(config.plain["optimizer"], _convert_="all")
+    make, _ = optimizer_of(config.plain["optimizer"], partial(instantiate, _convert_="all"))
     model.configure_optimizers = partial(configure_optimizers, model, make, None)
     return model, data
 

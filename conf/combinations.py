@@ -5,10 +5,15 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from app.config import DDP, LIGHTNINGS, OF_LIGHTNING, SINGLE
+from omegaconf import OmegaConf
+
+from app.config import DDP, LIGHTNINGS, OF_LIGHTNING, SINGLE, refuse_values
 from app.parallel.sizes import accumulation_factor, data_parallel_size
 
+from .optimizer.schema import Theirs as Optimizer
+from .optimizer.schema import check_groups
 from .rules import require_package
+from .scheduler.schema import Theirs as Schedule
 
 if TYPE_CHECKING:
     from .schema import Train
@@ -17,6 +22,11 @@ if TYPE_CHECKING:
 def check_combinations(run: "Train") -> None:
     """Raise ValueError at the first combination of choices that is refused."""
     seen = Seen(run)
+    for key, shape in (("optimizer", Optimizer), ("scheduler", Schedule)):
+        if isinstance(getattr(run, key), dict):
+            _refuse_theirs(key, getattr(run, key), shape)
+    if run.optimizer is not None:
+        check_groups(run.optimizer)
     for text, is_broken in (RULES | WITH_STRATEGIES).items():
         if is_broken(seen):
             raise ValueError(text.format(run=seen))
@@ -30,6 +40,14 @@ def check_combinations(run: "Train") -> None:
             micro_batch_size=samples[1],
             world_size=int(seen.data_parallel_size or 1),
         )
+
+
+def _refuse_theirs(key: str, group: dict[str, Any], shape: type) -> None:
+    """Refuse what the run reads of a group of any class, where its schema does not allow it."""
+    node = OmegaConf.create({key: OmegaConf.structured(shape)})
+    for name in (field.name for field in fields(shape) if field.name in group):
+        node[key][name] = group[name]
+    refuse_values(node)
 
 
 class Group:

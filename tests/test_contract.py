@@ -16,6 +16,7 @@ from hydra.utils import get_object
 from omegaconf import MISSING, OmegaConf
 
 from app import conf
+from app.process.targets import BESIDE
 
 ROOT = Path(conf.__file__).parent
 SHAPES = [
@@ -85,6 +86,12 @@ def test_a_preset_names_its_schema_first_and_every_setting_of_it(preset: Path) -
     assert required <= set(content)
 
 
+def given(kind: Any, group: str, found: Any) -> set[str]:
+    """The settings that reach the class: not those that the run reads itself."""
+    of_the_run = set(BESIDE.get(group, ())) - {*inspect.signature(found).parameters}
+    return set(settings(kind)) - of_the_run
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_class_takes_just_what_its_schema_says(preset: Path) -> None:
     for name, kind in _targeted(preset):
@@ -92,13 +99,13 @@ def test_a_class_takes_just_what_its_schema_says(preset: Path) -> None:
         parameters = inspect.signature(found).parameters
         if kind._target_.startswith("app."):
             own = {n: p for n, p in parameters.items() if n not in GIVEN_BY_BUILD}
-            assert set(own) == set(settings(kind)), name
+            assert set(own) == given(kind, preset.parent.name, found), name
             assert all(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in own.values()), (
                 name
             )
             assert found.__name__.replace("_", "").lower() == kind.__name__.lower()
         else:
-            assert set(settings(kind)) <= set(parameters), name
+            assert given(kind, preset.parent.name, found) <= set(parameters), name
 
 
 RESOLVED = {
@@ -130,7 +137,10 @@ def test_a_class_takes_the_types_that_its_schema_says(preset: Path) -> None:
         found = get_object(kind._target_)
         hints = get_type_hints(found.__init__ if inspect.isclass(found) else found)
         for key, ours in get_type_hints(kind).items():
-            if key in settings(kind) and Any not in (ours, hints.get(key, Any)):
+            if key in given(kind, preset.parent.name, found) and Any not in (
+                ours,
+                hints.get(key, Any),
+            ):
                 replaced = {RESOLVED.get(key), RESOLVED.get(f"{kind.__name__}.{key}")}
                 allowed, taken = kinds(ours) - replaced, kinds(hints[key])
                 assert allowed == taken if kind._target_[:4] == "app." else allowed <= taken, (

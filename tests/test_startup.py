@@ -37,7 +37,8 @@ TRAINED = """
 app.accumulate app.averaging app.averaging.apart app.averaging.engine app.averaging.files
 app.averaging.norms app.averaging.rules app.averaging.shadow app.averaging.validation app.blocks
 app.clip app.data app.data.in_memory app.data.mnist1d app.models app.models.classifier
-app.models.cnn1d app.optim app.parallel.data_parallel app.parallel.sharded app.parallel.split
+app.models.cnn1d app.optim app.optim.due app.optim.groups app.optim.layers app.optim.optimizers
+app.optim.schedules app.parallel.data_parallel app.parallel.sharded app.parallel.split
 app.precision app.process.intact app.process.random_state app.record.loggers app.record.metrics
 app.record.names app.record.result app.resume app.resume.exact app.resume.held app.resume.hooks
 app.resume.modes app.resume.position app.resume.unfinished app.run app.run.beside app.run.build

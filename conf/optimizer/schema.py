@@ -1,19 +1,70 @@
 """The optimizer of all trainable parameters, in place of the model's own `configure_optimizers`.
 
-`optimizer=none` leaves the model its own.
+`optimizer=none` leaves the model its own; `optimizer=custom optimizer._target_=torch.optim.RAdam`
+takes any class, or function, that makes one of parameters.
+
+`optimizer.groups` are rules, of which the first that matches a parameter has it:
+`'optimizer.groups=[{match: "*.bias", weight_decay: 0}, {match: "head.*", lr_scale: 10}]'`. A match
+is a glob of the parameters' names, or of the class (LayerNorm, torch.nn.LayerNorm, *Norm; a base
+class counts) of the module that holds them, or several. What matches nothing is an error; what no
+rule matches keeps the optimizer's own settings. Tied weights are in one group, by any of their
+names.
+
+| optimizer/groups= | groups                                                 | source           |
+|-------------------|--------------------------------------------------------|------------------|
+| all               | one                                                    |                  |
+| no_decay          | norms, biases, embeddings, scales decay no weights     | timm             |
+| layer_decay       | likewise; a layer's rate is a share of the one's above | arXiv 2106.08254 |
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any
 
 from omegaconf import MISSING
 
-from ..rules import LARGEST_RATE, count, number, require
+from ..rules import LARGEST_RATE, MANY, RULE, count, number, require, text
 
 OFF = "to switch it off type {key}=0"
 
 
 @dataclass(kw_only=True)
-class SGD:
+class Grouped:
+    """What the run reads of every optimizer: how the parameters are grouped."""
+
+    groups: list[Any] = MISSING
+    """Rules, the first that matches a parameter has it; [] = one group."""
+    layer_decay: float | None = number(
+        above=0, at_most=1, rule="be above 0, up to 1", instead="type {key}=0.75"
+    )
+    """Factor of the rate from each layer to the one below, above 0 to 1; null = none."""
+
+
+@dataclass(kw_only=True)
+class Theirs(Grouped):
+    """What the run reads of any other optimizer."""
+
+    lr: float | None = number(above=0, at_most=LARGEST_RATE, instead="type for example {key}=0.01")
+    """Learning rate, > 0; null = that of the class."""
+
+
+@dataclass(kw_only=True)
+class Rule:
+    """One rule of `groups`; its other keys are settings of the optimizer, such as weight_decay."""
+
+    match: Any = MISSING
+    """A glob of names of parameters, or of classes of the modules that hold them, or several."""
+    name: str | None = text(instead="type {key}=mine")
+    """Of the group, in tables and logs; null = the glob."""
+    lr_scale: float = number(at_least=0, at_most=MANY, instead="type {key}=0.1")
+    """Times optimizer.lr, >= 0."""
+    optional: bool = MISSING
+    """Whether it may match nothing, as a rule for many models does."""
+
+
+@dataclass(kw_only=True)
+class SGD(Grouped):
     """Stochastic gradient descent with momentum: torch.optim.SGD."""
 
     _target_: str = "torch.optim.SGD"
@@ -40,7 +91,7 @@ class SGD:
 
 
 @dataclass(kw_only=True)
-class Moments:
+class Moments(Grouped):
     """What the optimizers have in common that keep a first and a second moment of the gradient."""
 
     lr: float = number(above=0, at_most=LARGEST_RATE, instead="type for example {key}=0.01")
@@ -85,3 +136,70 @@ class AdamW8bit(Moments):
 
 
 PRESETS = {"sgd": SGD, "adam": Adam, "adamw": Adam, "adamw8bit": AdamW8bit}
+
+
+def check_groups(optimizer: Any) -> None:
+    """Raise ValueError at the first rule of `groups` that is refused.
+
+    Args:
+        optimizer: a schema, or a mapping of any class's settings.
+    """
+    settings = dict(optimizer) if isinstance(optimizer, Mapping) else vars(optimizer)
+    rules = settings.get("groups") or []
+    for index, rule in enumerate(rules):
+        key = f"optimizer.groups[{index}]"
+        globs = rule.get("match") if isinstance(rule, dict) else None
+        globs = [globs] if isinstance(globs, str) else globs
+        require(
+            isinstance(globs, list) and globs != [] and all(isinstance(g, str) for g in globs),
+            f"{key} must have a match, a glob or several, got {rule}; type for example "
+            "'optimizer.groups=[{match: \"*.bias\", weight_decay: 0}]'",
+        )
+        for name, value in rule.items():
+            _check_setting(key, str(name), value, optimizer)
+    is_idle = all(
+        rule.get("lr_scale", 1) == 1
+        and all(settings.get(k) == v for k, v in rule.items() if k not in OF_RULES)
+        for rule in rules
+    )
+    require(
+        not rules or not is_idle or settings.get("layer_decay") is not None,
+        "optimizer.groups have no effect: all their settings are those of the optimizer; type "
+        + (
+            "optimizer.weight_decay=0.05 too, or optimizer/groups=all"
+            if settings.get("weight_decay") == 0
+            else "another value in one of them, or optimizer/groups=all"
+        ),
+    )
+
+
+OF_RULES = [field.name for field in fields(Rule)]
+
+
+def _check_setting(key: str, name: str, value: Any, optimizer: Any) -> None:
+    """Raise ValueError at a key of a rule that is none, or whose value its field does not allow."""
+    require(
+        name != "lr",
+        f"{key}.lr must be a share of optimizer.lr, which is tuned and scheduled, got {value}; "
+        f"type lr_scale: 0.1 for a tenth of it",
+    )
+    known = {field.name: field for field in fields(Rule)}
+    if is_dataclass(optimizer):
+        beside = ("lr", "groups", "layer_decay", "min_8bit_size")
+        others = {f.name: f for f in fields(optimizer) if f.name[0] != "_" and f.name not in beside}
+        known |= others
+        near = get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+        require(name in known, f"{key}.{name} is not a key of a rule; {hint}")
+    elif name not in known:
+        return  # known when the optimizer is made
+    kinds = {"lr_scale": float, "optional": bool, "weight_decay": float, "momentum": float}
+    kind = kinds.get(name, object)
+    is_kind = isinstance(value, kind) or (kind is float and type(value) is int)
+    require(is_kind, f"{key}.{name} must be a {kind.__name__}, got {value}; leave it out")
+    refusal = (
+        known[name].metadata[RULE].refusal(f"{key}.{name}", value)
+        if (RULE in known[name].metadata)
+        else None
+    )
+    require(refusal is None, str(refusal))

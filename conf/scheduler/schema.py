@@ -10,6 +10,11 @@ Lengths follow from the run: optimizer steps are counted exactly, accumulation s
 | onecycle | up to the peak and down below the start, momentum opposed       | arXiv 1708.07120 |
 | steps    | multiplied by gamma at given epochs                             |                 |
 | plateau  | multiplied by a factor when the monitored metric stops improving |                 |
+| custom   | any class or function that makes one of an optimizer            |                 |
+
+`scheduler=custom scheduler._target_=torch.optim.lr_scheduler.CosineAnnealingLR
+scheduler.interval=step +scheduler.T_max=total_steps`: the words total_steps and total_epochs stand
+for the length of the run.
 """
 
 from dataclasses import dataclass
@@ -92,6 +97,22 @@ class Plateau:
     """0 to 1."""
     patience: int = count(at_least=0, instead="type {key}=3")
     """Epochs that have measured the metric, >= 0."""
+
+
+Interval = StrEnum("Interval", "step epoch")
+"""When a schedule steps."""
+
+
+@dataclass(kw_only=True)
+class Theirs:
+    """What the run reads of any other schedule."""
+
+    interval: Interval = MISSING
+    """step or epoch: when it steps."""
+    frequency: int = count(instead="type {key}=1")
+    """Optimizer steps or epochs from one of its steps to the next, >= 1."""
+    monitor: str | None = text(instead="type {key}=val_loss")
+    """Metric that a ReduceLROnPlateau follows; null with any other."""
 
 
 PRESETS = {

@@ -389,9 +389,17 @@ def describe(config: dict[str, Any]) -> list[tuple[str, str]]:
         settings = {
             key: value
             for key, value in chosen.items()
-            if not key.startswith("_") and value is not None
+            if not key.startswith("_") and value is not None and key != "groups"
         }
+        if chosen.get("groups"):
+            settings["groups"] = ",".join(_rule_name(rule) for rule in chosen["groups"])
         kind = str(chosen.get("_target_", "")).rpartition(".")[2]
         values = " ".join(f"{key}={value}" for key, value in settings.items())
         rows.append((group, f"{kind} {values}".strip()))
     return rows
+
+
+def _rule_name(rule: dict[str, Any]) -> str:
+    """Of a rule of parameter groups: its own, or what it matches."""
+    match = rule["match"]
+    return str(rule.get("name") or (match if isinstance(match, str) else " ".join(match)))

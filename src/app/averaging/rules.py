@@ -9,6 +9,7 @@ from torch import Tensor
 
 from app.averaging.engine import Averaging
 from app.errors import Refused
+from app.optim import TIMES
 
 __all__ = ["Ema", "FromEpoch", "Swa", "Uniform"]
 
@@ -144,7 +145,8 @@ class Swa(Averaging):
 
     Args:
         start: epochs trained before (int), or that share of trainer.max_epochs (float); or None.
-        lr: the rate, > 0, one for all or a list with one a group; or None.
+        lr: the rate, > 0, one for all (times the `lr_scale` of its parameter group) or a list with
+            one a group; or None.
         lr_factor: the rate where `lr` is None, > 0, as a share of what each group's is when
             averaging begins; None as well leaves the schedule alone.
         anneal_epochs: epochs from the rate at the start to that one, >= 0; or None.
@@ -180,8 +182,7 @@ class Swa(Averaging):
         return first_epoch(start=self.start, max_epochs=trainer.max_epochs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        groups = _groups(trainer)
-        model = type(pl_module).__name__
+        groups, model = _groups(trainer), type(pl_module).__name__
         if isinstance(self.lr, list) and len(self.lr) != len(groups):
             raise Refused(
                 f"averaging.lr must be one number, or {len(groups)} for the parameter groups of "
@@ -189,8 +190,8 @@ class Swa(Averaging):
             )
         for index, group in enumerate(groups if self.lr is not None else ()):
             rate = max(float(group.get(key) or 0) for key in ("lr", "initial_lr", "max_lr"))
-            typed = self.lr[index] if isinstance(self.lr, list) else self.lr
-            if rate and typed is not None and typed > 10 * rate * (1 + 1e-9):
+            typed = self._typed(group, index)
+            if rate and typed > 10 * rate * (1 + 1e-9):
                 raise Refused(
                     f"averaging.lr must be at most ten times the rate of the run, which is "
                     f"{rate:g} in parameter group {index} of {model}, got {typed:g}; for half of "
@@ -209,7 +210,7 @@ class Swa(Averaging):
         if not self._rates:
             self._annealing_since = [epoch, self._num_steps]
         self._rates += [float(group["lr"]) for group in groups[len(self._rates) :]]
-        targets = self._targets(pl_module, epoch)
+        targets = self._targets(groups, pl_module, epoch)
         progress = self._annealing_progress(epoch)
         for group, rate, target in zip(groups, self._rates, targets, strict=True):
             value = annealed(
@@ -229,21 +230,26 @@ class Swa(Averaging):
         self._rates = list(state_dict["rates"])
         self._annealing_since = list(state_dict["annealing_since"])
 
-    def _targets(self, pl_module: pl.LightningModule, epoch: int) -> list[float]:
+    def _typed(self, group: dict[str, Any], index: int) -> float:
+        """What `lr` says of a group."""
+        assert self.lr is not None
+        return self.lr[index] if isinstance(self.lr, list) else self.lr * group.get(TIMES, 1.0)
+
+    def _targets(
+        self, groups: list[dict[str, Any]], pl_module: pl.LightningModule, epoch: int
+    ) -> list[float]:
         """The rate of each group at the end of the annealing."""
         if self.lr is None:
             assert self.lr_factor is not None
             return [self.lr_factor * rate for rate in self._rates]
-        if not isinstance(self.lr, list):
-            return [self.lr] * len(self._rates)
-        if len(self.lr) != len(self._rates):
+        if isinstance(self.lr, list) and len(self.lr) != len(self._rates):
             raise Refused(
                 f"averaging.lr must have a rate for each of the {len(self._rates)} parameter "
                 f"groups of {type(pl_module).__name__}, of which some were added in epoch {epoch}, "
                 f"got {self.lr}; type one rate for all, averaging.lr={self.lr[0]}, or "
                 "averaging.lr=null for averaging.lr_factor"
             )
-        return self.lr
+        return [self._typed(group, index) for index, group in enumerate(groups)]
 
     def _annealing_progress(self, epoch: int) -> float:
         since_epoch, since_step = self._annealing_since

@@ -116,6 +116,20 @@ HYDRAS = {"_args_": list, "_partial_": bool, "_recursive_": bool, "_convert_": s
 """Keys beside `_target_` that Hydra reads, and what they hold."""
 
 
+BESIDE = {
+    "optimizer": ("groups", "layer_decay"),
+    "scheduler": ("interval", "frequency", "monitor"),
+}
+"""Groups whose class is given one more argument by the run, its first, and keys of them that are
+the run's, where the class does not take them."""
+
+
+def makes_itself(found: Callable[..., Any], node: Mapping[str, Any]) -> bool:
+    """Whether the objects of a class are what is called with the first argument, not the class."""
+    above = found.__mro__ if isinstance(found, type) else ()
+    return not node.get("_partial_") and any("__call__" in vars(kind) for kind in above)
+
+
 def _refuse_arguments(key: str, node: Mapping[str, Any], found: Callable[..., Any]) -> None:
     for name, kind in HYDRAS.items():
         if name in node and not isinstance(node[name], kind):
@@ -124,8 +138,11 @@ def _refuse_arguments(key: str, node: Mapping[str, Any], found: Callable[..., An
         signature = inspect.signature(found)
     except (TypeError, ValueError):  # of a class written in C
         return
-    given = {str(name): value for name, value in node.items() if name not in (*HYDRAS, "_target_")}
     parameters = signature.parameters
+    not_given = {*HYDRAS, "_target_", *({*BESIDE.get(key, ())} - {*parameters})}
+    if key == "optimizer" and node.get("lr") is None:  # is that of the class
+        not_given.add("lr")
+    given = {str(name): value for name, value in node.items() if name not in not_given}
     takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values())
     named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     known = [name for name, p in parameters.items() if p.kind in named]
@@ -134,10 +151,16 @@ def _refuse_arguments(key: str, node: Mapping[str, Any], found: Callable[..., An
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {key}.{near[0]}?" if near else f"it takes {_list(known)}"
             raise Refused(f"{key}.{name} is not an argument of {node['_target_']}; {hint}")
-    bind = signature.bind_partial if node.get("_partial_") else signature.bind
+    is_given_one = key in BESIDE and not makes_itself(found, node)
+    if is_given_one and known:
+        if known[0] in given:
+            raise Refused(f"{key}.{known[0]} is given by the run; leave it out")
+        known = known[1:]
+    is_partial = node.get("_partial_") or is_given_one
+    bind = signature.bind_partial if is_partial else signature.bind
     for name in known:
         if (
-            bind == signature.bind
+            (is_given_one or not is_partial)
             and parameters[name].default is Parameter.empty
             and not (name in given or node.get("_args_"))
         ):

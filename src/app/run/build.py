@@ -18,7 +18,7 @@ from app.accumulate import Accumulation
 from app.clip import Clip
 from app.config import Config, is_single
 from app.errors import Refused
-from app.optim import Schedules, configure_optimizers
+from app.optim import Schedules, configure_optimizers, optimizer_of, schedule_of
 from app.parallel.data_parallel import DataParallel
 from app.parallel.sharded import Sharded
 from app.parallel.split import each, in_order
@@ -319,8 +319,9 @@ def _replace_optimizers(
             f"optimizer cannot replace those of {type(model).__name__}, which steps its own "
             "(automatic_optimization=False); type optimizer=none"
         )
-    schedule = None if config["scheduler"] is None else _make(config["scheduler"])
-    make = partial(configure_optimizers, model, _make(config["optimizer"]), schedule)
+    optimizer, grouping = optimizer_of(config["optimizer"], _make)
+    schedule = None if config["scheduler"] is None else schedule_of(config["scheduler"], _make)
+    make = partial(configure_optimizers, model, optimizer, schedule, grouping)
     hooks.in_place_of("configure_optimizers", make)
 
 

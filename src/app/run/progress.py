@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from app.accumulate import Accumulation
 from app.config import describe
+from app.optim import described
 from app.parallel.split import micro_batch_size, samples_of_epoch, share_of
 
 
@@ -103,6 +104,7 @@ class StartTable(pl.Callback):
         rows = [
             ("run", self._config["run_dir"]),
             *describe(self._config),
+            *(("group", line) for one in trainer.optimizers for line in described(one)),
             (
                 "batch",
                 f"micro-batch {sizes} x accumulation {self.batch['accumulation']} "

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from app.config import Config
+
 IN_GROUPS = ("lr", "initial_lr", "max_lr", "min_lr")
 """Entries of a parameter group that schedules compute the learning rate from."""
 
@@ -21,6 +23,12 @@ IN_SCHEDULES = ("base_lrs", "max_lrs", "min_lrs", "default_min_lr", "eta_min", "
 
 NUM_STEPS = 20
 """Of the schedules, that are looked ahead."""
+
+
+def is_torchs(config: Config, key: str) -> bool:
+    """Whether a key is the rate of an optimizer of torch's, which is known to follow it."""
+    optimizer = config.plain["optimizer"] or {}
+    return key == "optimizer.lr" and str(optimizer.get("_target_", "")).startswith("torch.optim.")
 
 
 def scale_rates(trainer: pl.Trainer, multiplier: float) -> str | None:

@@ -12,9 +12,11 @@ import torch
 
 from app.config import Config
 from app.errors import Refused
+from app.optim import with_rate
 from app.process.files import write_atomically
 from app.process.ranks import ranks
 from app.run.build import holds_whole_model
+from app.throwaway.rates import is_torchs
 from app.throwaway.trace import left_as_found
 from app.tuner.answers import NAME, cache_key, read_tuned, searching, write_tuned
 from app.tuner.batches import LARGEST, Given, given, largest_allowed, made_up_for
@@ -78,6 +80,7 @@ def device_name(config: Config) -> str:
 
 
 def _search(config: Config, folder: Path) -> dict[str, Any]:
+    config = with_rate(config)
     overrides: dict[str, Any] = {}
     provenance: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -230,12 +233,6 @@ def search(
         goal=settings.goal.value,
         provoke=provoke or prober.capacity_bytes is None,
     )
-
-
-def is_torchs(config: Config, key: str) -> bool:
-    """Whether a key is the rate of an optimizer of torch's, which is known to follow it."""
-    optimizer = config.plain["optimizer"] or {}
-    return key == "optimizer.lr" and str(optimizer.get("_target_", "")).startswith("torch.optim.")
 
 
 def find_lr(config: Config, folder: Path) -> Finding:

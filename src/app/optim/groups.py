@@ -1,0 +1,208 @@
+"""Parameter groups: parameters with a rate, or other settings of the optimizer, of their own."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from app.errors import Refused
+from app.optim.layers import layers_above
+
+RULE_KEYS = ("match", "name", "lr_scale", "optional")
+"""Keys of a rule that are not settings of the optimizer."""
+
+TIMES, NAMES = "times", "names"
+"""Entries of a group beside torch's: what its rate is of that of the optimizer, and the names of
+its parameters. (`lr_scale` would be applied again by the schedules of timm.)"""
+
+REST = "rest"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouping:
+    """How the parameters of a model are grouped.
+
+    Attributes:
+        rules: each with `match`, a glob of names of parameters or of classes of modules, or
+            several; optionally `name`, `lr_scale`, `optional`, and settings of the optimizer. The
+            first that matches a parameter, by any of its names, has it; what none has is a group
+            of its own.
+        layer_decay: factor of the rate from each layer to the one below, above 0 up to 1; or None.
+    """
+
+    rules: Sequence[Mapping[str, Any]] = ()
+    layer_decay: float | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.rules) or self.layer_decay is not None
+
+    def of(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The groups of all parameters, tied and frozen ones too, each once.
+
+        Groups at the optimizer's own rate come first: the first one's rate is what is logged.
+
+        Raises Refused where a rule has no parameter, or the model no layers.
+        """
+        matches = _Matches(model)
+        members: dict[nn.Parameter, int] = {}
+        for number, rule in enumerate(self.rules):
+            found = matches.found(rule, number)
+            mine = [parameter for parameter in found if parameter not in members]
+            if not mine and found:
+                raise Refused(
+                    f"optimizer.groups[{number}].match={_text(rule['match'])} matches only "
+                    "parameters that the rules before it have; put it before them"
+                )
+            members |= dict.fromkeys(mine, number)
+        layers = self._layers(model)
+        groups: dict[tuple[int, int], dict[str, Any]] = {}
+        for name, parameter in model.named_parameters():
+            number, above = members.get(parameter, len(self.rules)), layers.get(name, 0)
+            if (number, above) not in groups:
+                groups[number, above] = self._group(number, above)
+            groups[number, above]["params"].append(parameter)
+            groups[number, above][NAMES].append(name)
+        ordered = [groups[key] for key in sorted(groups)]
+        return sorted(ordered, key=lambda group: group[TIMES] != 1)
+
+    def _layers(self, model: nn.Module) -> dict[str, int]:
+        if self.layer_decay is None:
+            return {}
+        layers = layers_above(model)
+        if len({*layers.values()}) < 2:
+            raise Refused(
+                f"optimizer.layer_decay finds no layers in {type(model).__name__}, which has no "
+                "ModuleList or Sequential with several blocks of one class; name them, as in "
+                "'optimizer.groups=[{match: \"stem.*\", lr_scale: 0.5}]'"
+            )
+        return layers
+
+    def _group(self, number: int, above: int) -> dict[str, Any]:
+        rule = self.rules[number] if number < len(self.rules) else {}
+        name = str(rule.get("name") or (_text(rule["match"]) if rule else REST))
+        earlier = [str(r.get("name") or _text(r["match"])) for r in self.rules[:number]]
+        name = f"{name}#{number}" if name in earlier else name  # LearningRateMonitor wants its own
+        decay = 1.0 if self.layer_decay is None else self.layer_decay**above
+        return {
+            "params": [],
+            "name": name if self.layer_decay is None else f"{name}/{above}",
+            NAMES: [],
+            TIMES: float(rule.get("lr_scale", 1.0)) * decay,
+            **{key: value for key, value in rule.items() if key not in RULE_KEYS},
+        }
+
+    def settle(self, optimizer: Optimizer, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Scale the rates of an optimizer made of these groups, once.
+
+        Raises Refused where it has not taken them, or not all settings of a rule.
+        """
+        kind = type(optimizer).__name__
+        kept = [group.get(NAMES) for group in optimizer.param_groups]
+        if kept != [group[NAMES] for group in groups]:
+            raise Refused(
+                f"optimizer.groups cannot act: {kind} does not keep the groups that it is given; "
+                "type optimizer/groups=all"
+            )
+        for number, rule in enumerate(self.rules):
+            for key in (key for key in rule if key not in (*RULE_KEYS, *optimizer.defaults)):
+                raise Refused(
+                    f"optimizer.groups[{number}].{key} is not a setting of {kind}, which has "
+                    f"{', '.join(optimizer.defaults)}; leave it out"
+                )
+        for group in optimizer.param_groups:
+            if group[TIMES] != 1:
+                if group.get("lr") is None:
+                    raise Refused(
+                        f"optimizer.groups cannot scale the rate of {kind}, which has none; type "
+                        "+optimizer.lr=0.001, or leave lr_scale and layer_decay out"
+                    )
+                group["lr"] = group["lr"] * group[TIMES]
+        optimizer.register_load_state_dict_pre_hook(_refuse_regrouped)
+
+
+def _refuse_regrouped(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Raise Refused where a checkpoint has a parameter in another group, or at another place."""
+    before, now = (
+        [(name, group.get("name")) for group in groups for name in group.get(NAMES, ())]
+        for groups in (state["param_groups"], optimizer.param_groups)
+    )
+    if before and before != now:
+        was, is_ = dict(before), dict(now)
+        moved = [name for name in {**was, **is_} if was.get(name) != is_.get(name)]
+        example = (
+            f"{moved[0]} was in {was.get(moved[0], 'none')} and is in {is_.get(moved[0], 'none')}"
+            if moved
+            else "the same ones in another order"
+        )
+        raise Refused(
+            f"optimizer.groups must group the parameters as in the checkpoint: {example}; mend "
+            "the model or the rules, or begin anew with resume=never"
+        )
+
+
+def described(optimizer: Optimizer) -> list[str]:
+    """A line for each group that a rule has made: its parameters, rate and weight decay."""
+    lines = []
+    for group in optimizer.param_groups:
+        if NAMES in group:
+            sizes = [0 if is_lazy(p) else p.numel() for p in group["params"]]
+            tensors = f"{len(sizes)} tensor{'s' if len(sizes) > 1 else ''}"
+            decay = f"  weight decay {group['weight_decay']:g}" if "weight_decay" in group else ""
+            rate = "none" if group["lr"] is None else f"{float(group['lr']):.4g}"
+            lines.append(f"{group['name']}: {tensors}, {sum(sizes):,} parameters  lr {rate}{decay}")
+    return lines
+
+
+class _Matches:
+    """Which parameters of a model a rule matches."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._names: dict[nn.Parameter, list[str]] = {}
+        self._kinds: dict[nn.Parameter, list[type]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            owner = model.get_submodule(path.partition(".parametrizations.")[0])
+            kinds = [kind for kind in type(owner).__mro__ if issubclass(kind, nn.Module)]
+            for name, parameter in module.named_parameters(recurse=False):
+                self._names.setdefault(parameter, []).append(f"{path}.{name}" if path else name)
+                self._kinds.setdefault(parameter, []).extend(set(kinds) - {nn.Module})
+
+    def found(self, rule: Mapping[str, Any], number: int) -> list[nn.Parameter]:
+        """Those that any of its globs matches. Raises Refused where one matches none."""
+        globs = [rule["match"]] if isinstance(rule["match"], str) else rule["match"]
+        found: dict[nn.Parameter, None] = {}
+        for glob in globs:
+            mine = [parameter for parameter in self._names if self._matches(glob, parameter)]
+            if not mine and not rule.get("optional", False):
+                raise Refused(
+                    f"optimizer.groups[{number}].match={glob} matches no parameter of "
+                    f"{type(self._model).__name__}, by its name, or by the class of the module "
+                    f"that holds it; it has {self._some()}"
+                )
+            found |= dict.fromkeys(mine)
+        return list(found)
+
+    def _matches(self, glob: str, parameter: nn.Parameter) -> bool:
+        package, _, name = glob.rpartition(".")
+        return any(fnmatchcase(one, glob) for one in self._names[parameter]) or any(
+            fnmatchcase(kind.__name__, glob)
+            or (kind.__name__ == name and f"{kind.__module__}.".startswith(f"{package}."))
+            for kind in self._kinds[parameter]
+        )
+
+    def _some(self) -> str:
+        names = [names[0] for names in self._names.values()]
+        kinds = sorted({kinds[0].__name__ for kinds in self._kinds.values() if kinds})
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+        return f"{shown}, in modules {', '.join(kinds[:10])}"
+
+
+def _text(match: Any) -> str:
+    """A glob, or the first of several and how many follow."""
+    if isinstance(match, str):
+        return match
+    return str(match[0]) + (f"+{len(match) - 1}" if match[1:] else "")
