@@ -88,7 +88,8 @@ class Accumulation(pl.Callback):
 
     Raises:
         Refused: where the model steps its own optimizers (manual optimization), with LBFGS
-            (it evaluates a batch several times a step), or where a batch lacks `weight_by`.
+            (it evaluates a batch several times a step), where a batch lacks `weight_by`, or the
+            trainer accumulates too.
     """
 
     def __init__(self, *, weight_by: str | None) -> None:
@@ -137,6 +138,12 @@ class Accumulation(pl.Callback):
         if stage != "fit":
             return
         self.refuse_manual_optimization(pl_module)
+        given = trainer.accumulate_grad_batches
+        if given != 1 and not isinstance(given, Window):
+            raise Refused(
+                f"trainer.accumulate_grad_batches must be 1 beside an accumulation, got {given}; "
+                "leave it out"
+            )
         if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
             raise Refused(
                 f"accumulate cannot act with {type(pl_module).__name__}, whose training_step takes "
@@ -305,6 +312,27 @@ class Accumulation(pl.Callback):
                 f"the batch {held or f'is a {type(batch).__name__}'}"
             )
         return float(count.sum() if isinstance(count, Tensor) else count)
+
+
+def num_steps(trainer: pl.Trainer, estimate: int | float) -> int | float:
+    """Optimizer steps of the whole run, exactly; inf where neither data nor limits tell.
+
+    Args:
+        estimate: Lightning's `estimated_stepping_batches`, which takes one factor for all epochs.
+    """
+    if estimate == -1:  # data without a length, and no max_steps
+        return math.inf
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    accumulation = next((c for c in callbacks if isinstance(c, Accumulation)), None)
+    if accumulation is None or math.inf in (estimate, trainer.num_training_batches):
+        return estimate
+    if trainer.max_epochs in (None, -1):
+        return estimate
+    assert trainer.max_epochs is not None
+    steps = accumulation.total_steps(
+        num_batches=int(trainer.num_training_batches), num_epochs=trainer.max_epochs
+    )
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
 
 class ConstantAccumulation(Accumulation):

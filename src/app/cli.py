@@ -230,28 +230,33 @@ def _is_refused_by_lightning(error: BaseException) -> bool:
     return any("/lightning/" in f.filename and (f.line or "").startswith("raise ") for f in last)
 
 
-def explain(error: BaseException) -> str:
-    """The text of an error of composing or checking, in terms of what was typed, in one line."""
+def explain(error: BaseException, typed: Sequence[str] | None = None) -> str:
+    """The text of an error of composing or checking, in terms of what was typed, in one line.
+
+    Args:
+        typed: by a program that calls; None: what is on the command line.
+    """
+    words = sys.argv[1:] if typed is None else typed
     if isinstance(error, Refused):
         return str(error)  # which may list keys, a line each
     said = []
     cause: BaseException | None = error
     while cause is not None:
-        text = _explained(cause)
+        text = _explained(cause, words)
         if text is not None:
             return " ".join(text.split())
         said.append(" ".join(str(cause).split()))
         cause = cause.__cause__
-    words = list(dict.fromkeys(filter(None, said)))
-    return ": ".join(words[:1] + words[1:][-1:]) or type(error).__name__
+    texts = list(dict.fromkeys(filter(None, said)))
+    return ": ".join(texts[:1] + texts[1:][-1:]) or type(error).__name__
 
 
-def _explained(error: BaseException) -> str | None:
+def _explained(error: BaseException, words: Sequence[str]) -> str | None:
     """What is known of an error by its kind; None where its own words are all there is."""
     if isinstance(error, Refused):
         return str(error)
     if isinstance(error, of_hydra.InstantiationException) and error.__cause__ is not None:
-        return explain(error.__cause__)
+        return explain(error.__cause__, words)
     if isinstance(error, of_omegaconf.ConfigKeyError | of_omegaconf.ConfigAttributeError):
         return _unknown_key(error)
     if isinstance(error, of_omegaconf.InterpolationResolutionError):
@@ -273,13 +278,13 @@ def _explained(error: BaseException) -> str | None:
         mark = error.problem_mark
         return f"{mark.name}:{mark.line + 1}: {error.problem}; this file is no YAML: mend it"
     if isinstance(error, UnicodeDecodeError):
-        return f"{_undecodable()} is no text of UTF-8: {error.reason}; mend it"
+        return f"{_undecodable(words)} is no text of UTF-8: {error.reason}; mend it"
     if str(error).startswith(NO_PRESET):
-        return _no_preset()
+        return _no_preset(words)
     if str(error).startswith(OFF):
-        typed = [word for word in sys.argv[1:] if word.partition("=")[0].count(".") > 1]
+        deep = [word for word in words if word.partition("=")[0].count(".") > 1]
         return (
-            f"{' or '.join(typed) or 'a key'} has no effect: what it belongs to is null; choose a "
+            f"{' or '.join(deep) or 'a key'} has no effect: what it belongs to is null; choose a "
             "preset that has it as well"
         )
     if isinstance(error, RecursionError):
@@ -301,8 +306,8 @@ OFF = "Unexpected type for root: NoneType"
 """What OmegaConf says of a key of something that is null."""
 
 
-def _no_preset() -> str:
-    for word in sys.argv[1:]:
+def _no_preset(words: Sequence[str]) -> str:
+    for word in words:
         group, _, value = word.partition("=")
         presets = groups().get(group, ([], ""))[0]
         if presets and value not in presets:
@@ -311,9 +316,9 @@ def _no_preset() -> str:
     return f"{NO_PRESET}, which the name of a preset is"
 
 
-def _undecodable() -> str:
+def _undecodable(words: Sequence[str]) -> str:
     """The file of a `--config-dir` that is meant where Hydra does not say which."""
-    folders = [Path(word) for word in sys.argv if Path(word).is_dir()]
+    folders = [Path(word) for word in words if Path(word).is_dir()]
     for path in (path for folder in folders for path in sorted(folder.rglob("*.yaml"))):
         try:
             path.read_bytes().decode()

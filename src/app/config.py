@@ -4,7 +4,9 @@ import copy
 import hashlib
 import json
 import math
+import pickle
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -66,12 +68,26 @@ class Config(Typed):
     Attributes:
         composed: as Hydra composed it; others are made from it.
         plain: resolved, in plain containers: what is instantiated, compared or written.
+        objects: by group, what a program has made itself, in place of what would be instantiated.
     """
 
     def __init__(self, *, composed: DictConfig, typed: Any, plain: dict[str, Any]) -> None:
         self.composed = composed
         self.plain = plain
+        self.objects: dict[str, Any] = {}
         self._typed = typed
+
+    def holding(self, objects: Mapping[str, Any]) -> "Config":
+        """This, with objects that a program has made itself."""
+        self.objects = dict(objects)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With copies of the objects: tensors in the arguments of a process would be shared."""
+        return {**vars(self), "objects": packed(self.objects)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, objects=pickle.loads(state["objects"]))
 
     if not TYPE_CHECKING:
 
@@ -89,11 +105,13 @@ class Config(Typed):
 
     def changed(self, overrides: Mapping[str, Any]) -> "Config":
         """The configuration with other values of dotted keys, as if they had been typed."""
-        return check(with_overrides(self.composed, overrides)) if overrides else self
+        if not overrides:
+            return self
+        return check(with_overrides(self.composed, overrides)).holding(self.objects)
 
     def unchecked(self, overrides: Mapping[str, Any]) -> "Config":
         """The configuration of a run with other values, which its own command has checked."""
-        return of_a_run(with_overrides(self.composed, overrides))
+        return of_a_run(with_overrides(self.composed, overrides)).holding(self.objects)
 
     def but(self, **changes: Any) -> "Config":
         """Not checked, for a throwaway run: with groups off, with other values in them, or, where
@@ -108,7 +126,29 @@ class Config(Typed):
             plain[name] = {**plain[name], **values}
             for key, value in values.items():
                 setattr(getattr(typed, name), key, value)
-        return Config(composed=self.composed, typed=typed, plain=plain)
+        but = Config(composed=self.composed, typed=typed, plain=plain)
+        return but.holding(self.objects)
+
+
+def packed(objects: Mapping[str, Any]) -> bytes:
+    """Objects on their way into other processes. Raises Refused where one cannot go there."""
+    for group, given in objects.items():
+        kind = type(given)
+        is_here_only = kind.__module__ == "__main__" and not hasattr(
+            sys.modules["__main__"], "__file__"
+        )
+        try:
+            pickle.dumps(given)
+            why = "is of a class that this program alone has" if is_here_only else None
+        except Exception as error:  # of a class of the user's: anything
+            why = f"cannot be pickled ({type(error).__name__}: {' '.join(str(error).split())})"
+        if why is not None:
+            raise Refused(
+                f"{group} must be an object that other processes can have, got a {kind.__name__}, "
+                f"which {why}; put its class into a file and type {group}=custom "
+                f"{group}._target_=module.{kind.__name__}, or strategy=single trainer.devices=1"
+            )
+    return pickle.dumps(dict(objects))
 
 
 def check(cfg: DictConfig) -> Config:

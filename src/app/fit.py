@@ -55,11 +55,16 @@ def _nearest(name: str, metrics: Iterable[str]) -> str:
     return next(iter(get_close_matches(name, sorted(metrics), n=1, cutoff=0)), "null")
 
 
-def run(cfg: DictConfig, *, typed: Sequence[str]) -> dict[str, Any] | None:
+def run(
+    cfg: DictConfig, *, typed: Sequence[str], objects: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
     """Train a composed configuration, in as many processes as it asks for.
 
-    Returns the content of result.json; None where the run ended after the finders. From a notebook
-    or a script: compose with `name` and `run_dir`, `typed` is what to note in overrides.yaml.
+    Returns the content of result.json; None where the run ended after the finders.
+
+    Args:
+        typed: what to note in overrides.yaml.
+        objects: by group, `model` or `data`, what is not to be made but was made by the caller.
 
     Raises:
         Refused: where the configuration is not allowed, or its folder holds another run.
@@ -67,12 +72,12 @@ def run(cfg: DictConfig, *, typed: Sequence[str]) -> dict[str, Any] | None:
         SystemExit: where it was asked to stop: 128 and the signal.
     """
     with heeding(cfg.name, max_requeues=max_requeues(cfg.launch)):
-        return _run(cfg, list(typed))
+        return _run(cfg, list(typed), objects or {})
 
 
-def _run(cfg: DictConfig, typed: list[str]) -> dict[str, Any] | None:
+def _run(cfg: DictConfig, typed: list[str], objects: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
-        config = check(startable(cfg))
+        config = check(startable(cfg)).holding(objects)
         if config.launch is not None and not is_slurm(config.launch):
             raise Refused(
                 "launch=local runs the jobs of a sweep, and this is one run; type -m as well, or "

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from app.averaging.files import AVERAGES, RAW, keep_once, read, written
+from app.averaging.files import (
+    AVERAGES,
+    RAW,
+    around_next_save,
+    keep_once,
+    read,
+    refuse_weights_only,
+    written,
+)
 from app.averaging.norms import STATISTICS, norms_of, recompute_norms, refuse_norms
 from app.averaging.shadow import AVERAGE, Sets, Shadow, Watch, loaded_otherwise, moves
 from app.averaging.validation import Validation
@@ -34,7 +42,10 @@ class Averaging(pl.Callback):
     in one batch are one step) and updates where the rule says so. A rule is a subclass, a dataclass
     as this one; it overrides what is not as here: `first_epoch`, `should_update`, `averages`, and
     `weight` or, where the average is no step towards the present weights, `update`. As it stands it
-    is the mean over all updates. The state belongs to one fit, of an `AveragingTrainer`.
+    is the mean over all updates. The state belongs to one fit.
+
+    Any Trainer of Lightning will do, but where a checkpoint is of weights only, of which no callback
+    is told: that needs an `AveragingTrainer`.
 
     Args:
         start_step: optimizer steps trained before averaging may begin, >= 0; None: no bound.
@@ -46,8 +57,8 @@ class Averaging(pl.Callback):
             averages the running statistics.
 
     Raises:
-        Refused: where `bn_batches` cannot act, a second average is in the same trainer, or that
-            would write the raw weights.
+        Refused: where `bn_batches` cannot act, a second average is in the same trainer, or a
+            checkpoint would be of the raw weights.
     """
 
     start_step: int | None
@@ -161,10 +172,7 @@ class Averaging(pl.Callback):
             return
         self._reset()
         if not isinstance(trainer, AveragingTrainer):
-            raise Refused(
-                f"averaging needs an app.averaging.AveragingTrainer, got {type(trainer).__name__}, "
-                "which would write the raw weights into its checkpoints; derive it from that class"
-            )
+            refuse_weights_only(trainer)
         if len(averages_of(trainer)) > 1:
             raise Refused(
                 "averaging must be one average a run, got several; keep one of the callbacks"
@@ -188,6 +196,9 @@ class Averaging(pl.Callback):
     ) -> None:
         if self._shadow is None:
             return
+        if not self._shadow.average_is_live:  # the trainer is none of ours
+            with self.showing(pl_module):
+                checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
         state = checkpoint["state_dict"]
         with self.showing(pl_module, average=False):
             raw = written(trainer, pl_module, checkpoint)
@@ -197,6 +208,8 @@ class Averaging(pl.Callback):
         if self._sharded is not None:
             keep_once(sets[AVERAGE], state)
         checkpoint |= {RAW: raw, AVERAGES: sets}
+        if not self._shadow.average_is_live:
+            around_next_save(pl_module, self.showing(pl_module))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name in STATE:
@@ -356,10 +369,7 @@ class Averaging(pl.Callback):
             return
         if self._shadow is None:
             self._shadow = Shadow(pl_module, self._averages)
-            log.info(
-                f"averaging={type(self).__name__.lower()} starts at optimizer step "
-                f"{self._num_steps}"
-            )
+            log.info(f"averaging: {type(self).__name__} starts at optimizer step {self._num_steps}")
             self._note_norms(pl_module)
         elif self._scan_due:
             self._shadow.scan()

@@ -2,11 +2,14 @@
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+
+from app.errors import Refused
 
 RAW = "raw"
 """Where a checkpoint of an average keeps the entries that the model writes of its raw weights."""
@@ -31,6 +34,36 @@ def written(
         for key, value in content.items()
         if key == "state_dict" or key not in given or value is not given[key]
     }
+
+
+def around_next_save(pl_module: pl.LightningModule, shown: AbstractContextManager[None]) -> None:
+    """Enter a context once, around the model's own hook of a checkpoint: the last that is called.
+
+    For a trainer that does not make its checkpoints while the average is shown.
+    """
+    name = "on_save_checkpoint"
+    own, before = getattr(pl_module, name), vars(pl_module).get(name)
+
+    def save(checkpoint: dict[str, Any]) -> None:
+        if before is None:
+            delattr(pl_module, name)
+        else:
+            setattr(pl_module, name, before)
+        with shown:
+            own(checkpoint)
+
+    setattr(pl_module, name, save)
+
+
+def refuse_weights_only(trainer: pl.Trainer) -> None:
+    """Raise Refused where a callback keeps weights only: of that no other callback is told."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if getattr(callback, "save_weights_only", False):
+            raise Refused(
+                f"averaging cannot act with {type(callback).__name__}(save_weights_only=True) in a "
+                f"{type(trainer).__name__}, which would save the raw weights; leave it out, or make "
+                "the trainer an app.averaging.AveragingTrainer"
+            )
 
 
 def read(

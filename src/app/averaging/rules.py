@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
+from app.accumulate import num_steps
 from app.averaging.engine import Averaging
 from app.errors import Refused
 from app.optim import TIMES
@@ -113,7 +114,7 @@ class Ema(FromEpoch):
             decay=self.decay,
             half_life_steps=self.half_life_steps,
             horizon=self.horizon,
-            num_steps=trainer.estimated_stepping_batches,
+            num_steps=num_steps(trainer, trainer.estimated_stepping_batches),
             every_n_steps=self.every_n_steps,
         )
         super().on_train_start(trainer, pl_module)

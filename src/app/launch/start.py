@@ -27,7 +27,7 @@ def placed(config: Config) -> Config:
     """
     _refuse_without_gpu(config)
     known = {"trainer.devices": _devices(config), **of_hydra(config.composed)}
-    found = check(startable(with_overrides(config.composed, known)))
+    found = check(startable(with_overrides(config.composed, known))).holding(config.objects)
     if not started_elsewhere():
         if config.trainer.num_nodes > 1:
             raise Refused(

@@ -51,7 +51,7 @@ class StepMetrics(pl.Callback):
             self._reset()
         for logger in _csv_files(trainer):
             if stage == "fit":
-                logger.follow(trainer, partial(_next_line, trainer))
+                logger.follow(trainer, partial(next_line, trainer))
             else:  # also after a fit of which nothing was left
                 logger.begin(inside_epoch=_is_inside_epoch(trainer))
 
@@ -76,11 +76,11 @@ class StepMetrics(pl.Callback):
             self._global_step = trainer.global_step
             self._num_steps += 1
             if self._num_steps - self._logged_step >= self._every_n_steps:
-                self._log(trainer, line=_next_line(trainer))
+                self._log(trainer, line=next_line(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._num_steps > self._logged_step:
-            self._log(trainer, line=_next_line(trainer) - 1)  # the last batch has had its line
+            self._log(trainer, line=next_line(trainer) - 1)  # the last batch has had its line
         if self._model_logs_loss is None:
             self._model_logs_loss = "train_loss" in trainer.callback_metrics
         if self._num_epoch_losses and not self._model_logs_loss:
@@ -136,7 +136,7 @@ class StepMetrics(pl.Callback):
             logger.save()
 
 
-def _next_line(trainer: pl.Trainer) -> int:
+def next_line(trainer: pl.Trainer) -> int:
     """Number of the line that Lightning logs next, from 0: of the batches that may step."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 

@@ -201,7 +201,10 @@ def _make_model_and_data(
 ) -> tuple[pl.LightningModule, pl.LightningDataModule | None, DataHooks]:
     refuse_targets({group: config.plain[group] for group in ("model", "data", "sharing")})
     seed_all(config.seed)
-    model, data = _make(config.plain["model"]), _make(config.plain["data"])
+    model, data = (
+        config.objects[group] if group in config.objects else _make(config.plain[group])
+        for group in ("model", "data")
+    )
     for key, value, kind in (
         ("model", model, pl.LightningModule),
         ("data", data, pl.LightningDataModule),

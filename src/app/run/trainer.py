@@ -1,6 +1,5 @@
 """The Trainer of a run: Lightning's, with the arguments a run chooses and an exact step count."""
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO, LayerSync, Precision
 from lightning.pytorch.strategies import Strategy
 
-from app.accumulate import Accumulation
+from app.accumulate import num_steps
 from app.averaging import AveragingTrainer
 from app.errors import Refused
 from app.precision import use_matmul
@@ -224,20 +223,5 @@ class Trainer(AveragingTrainer):
 
     @property
     def estimated_stepping_batches(self) -> int | float:
-        """Optimizer steps of the whole run, exactly; inf where neither data nor limits tell.
-
-        Lightning's takes one accumulation factor for all epochs.
-        """
-        accumulation = next((c for c in self.callbacks if isinstance(c, Accumulation)), None)
-        estimate = super().estimated_stepping_batches  # this has loaded the data
-        if estimate == -1:  # data without a length, and no max_steps
-            return math.inf
-        if accumulation is None or math.inf in (estimate, self.num_training_batches):
-            return estimate
-        if self.max_epochs in (None, -1):
-            return estimate
-        assert self.max_epochs is not None
-        steps = accumulation.total_steps(
-            num_batches=int(self.num_training_batches), num_epochs=self.max_epochs
-        )
-        return steps if self.max_steps == -1 else min(steps, self.max_steps)
+        """Optimizer steps of the whole run, exactly; inf where neither data nor limits tell."""
+        return num_steps(self, super().estimated_stepping_batches)

@@ -1,5 +1,6 @@
 """A throwaway run: what the fit will run, as long as a search lets it, without a trace."""
 
+import copy
 import gc
 import shutil
 import signal
@@ -271,6 +272,7 @@ def throwaway(
             "num_sanity_val_steps": 0,
         },
     )
+    changed.holding(copy.deepcopy(config.objects))  # the fit begins with them as they are
     made_by = f"{ThrowawayTrainer.__module__}.{ThrowawayTrainer.__name__}"
     changed.plain["trainer"] = {**changed.plain["trainer"], "_target_": made_by}
     chosen = config.plain["callbacks"] or {}
