@@ -26,6 +26,9 @@ Resume = StrEnum("Resume", "auto never")
 Weights = StrEnum("Weights", "best last none")
 """Which checkpoint to test."""
 
+InitWeights = StrEnum("InitWeights", "averaged raw")
+"""Which weights of a checkpoint that has both."""
+
 Direction = StrEnum("Direction", "minimize maximize")
 """Which values of the objective are better."""
 
@@ -46,6 +49,15 @@ class Train:
     """Whether to train; false ends after the finders."""
     tuned: str | None = text(instead="type {key}=runs/NAME/tuned.yaml, or {key}=null")
     """A tuned.yaml whose overrides to use instead of a search."""
+    init_from: str | None = text(instead="type {key}=runs/NAME, or {key}=null")
+    """Weights to begin from: a run's folder, for those that it delivers, or a file of weights."""
+    init_weights: InitWeights | None = None
+    """averaged or raw, of a file that has both; null = those that its run delivers."""
+    init_only: Any = None
+    """A pattern of names, such as encoder.*, or a list of them: what matches is taken as far as it
+    fits; null = all, which have to fit exactly."""
+    init_rename: dict[str, str] | None = None
+    """Names of modules in the file, each with that of the same in the model."""
     objective: str | None = text(instead="type {key}=val_loss, or {key}=null")
     """A metric of result.json that the command returns to a sweeper, such as val_loss."""
     direction: Direction | None = None
@@ -83,7 +95,23 @@ class Train:
             f"fit must be true with objective={self.objective}, got {self.fit}; type "
             "objective=null",
         )
+        _check_init(self)
         check_combinations(self)
+
+
+def _check_init(run: Train) -> None:
+    for key in ("init_weights", "init_only", "init_rename"):
+        require(
+            run.init_from is not None or getattr(run, key) is None,
+            f"{key} has no effect without weights to begin from; type init_from=runs/NAME as well",
+        )
+    only = run.init_only
+    patterns = only if isinstance(only, list) else [only]
+    require(
+        only is None or (patterns != [] and all(isinstance(one, str) and one for one in patterns)),
+        f"init_only must be a pattern of names, or a list of them, got {only}; type "
+        "'init_only=encoder.*'",
+    )
 
 
 Stage = StrEnum("Stage", "test validate predict")

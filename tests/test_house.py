@@ -16,6 +16,7 @@ FLOORS = (
     {"accumulate", "averaging", "clip", "compile", "data", "memory", "models", "optim",
      "precision", "sharing", "strategy"},
     {"logger", "record", "resume"},
+    {"begin"},
     {"run"},
     {"throwaway"},
     {"tuner"},

@@ -27,14 +27,16 @@ app app.cli app.conf app.config app.errors app.monitored app.parallel app.parall
 """Ours, of a command that only shows a configuration; without the schemas of its groups."""
 
 CHECKED = """
-app.fit app.launch app.launch.start app.process app.process.asked app.process.files
-app.process.imports app.process.ranks app.process.requeue app.process.targets app.record
-app.record.folder app.record.states app.tuner app.tuner.answers app.tuner.keys
+app.begin app.begin.source
+app.fit app.launch app.launch.start app.process app.process.asked
+app.process.files app.process.imports app.process.ranks app.process.requeue app.process.targets
+app.record app.record.folder app.record.states app.tuner app.tuner.answers app.tuner.keys
 """
 """Ours, of a command that checks one, beside those."""
 
 TRAINED = """
 app.accumulate app.averaging app.averaging.apart app.averaging.engine app.averaging.files
+app.begin.weights
 app.averaging.norms app.averaging.rules app.averaging.shadow app.averaging.validation app.blocks
 app.clip app.data app.data.in_memory app.data.mnist1d app.models app.models.classifier
 app.models.cnn1d app.optim app.optim.due app.optim.groups app.optim.layers app.optim.optimizers

@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from app import cli
+from app.begin.source import source_of
 from app.config import changed_by_debug, check, describe
 from app.fit import built
 from app.process.targets import named_in
@@ -23,6 +24,8 @@ def main(cfg: DictConfig) -> None:
     config = check(cfg)
     if config.tuned is not None:
         config = config.changed(read_tuned(Path(config.tuned)))
+    if config.init_from is not None:
+        source_of(config.init_from)
     if named_in(config.plain) - cli.shipped_targets():
         built(config, [])
     for line in changed_by_debug(cfg):

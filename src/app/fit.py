@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from app.begin.source import source_of
 from app.config import (
     Config,
     changed_by_debug,
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from app.run.build import Run
     from app.run.progress import StartTable
     from app.run.pruning import PrunesTrial
+
+
+KEPT = ("init_from",)
+"""What a result.json says of how the run began, also when it is continued."""
 
 
 def objective(name: str | None, metrics: Mapping[str, float]) -> float | None:
@@ -119,6 +124,8 @@ def prepare(config: Config, folder: RunFolder) -> dict[str, Any]:
     if config.resume == "never":
         folder.move_aside()
     folder.forget_torn()
+    if config.init_from is not None and not any(folder.checkpoints.glob("*.ckpt")):
+        source_of(config.init_from)
     tuned = recalled(config, folder)
     folder.refuse_changes(config.changed(tuned or {}).plain)
     result = folder.read_result()
@@ -170,14 +177,19 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
     is_first = ranks().is_first
     before = folder.read_result() or {}
     record = Record(config.plain, folder, writes=is_first)
+    record.content |= {name: before[name] for name in KEPT if name in before}
     start = StartTable(config.plain)
     tracking = Tracking(config.plain, folder.path, lambda: facts(start, record.content))
     with tracking.told(record.content), record.kept(), ExitStack() as given_back:
+        checkpoint = ranks().first(lambda: str(newest_intact(folder.checkpoints) or "")) or None
         with record.phase("build"):
             pruning = pruning_of(config)
-            run = built(config, [start, tracking, *pruning, StopsOnSignal()])
+            begins = config if checkpoint is None else config.but(init_from=None)
+            run = built(begins, [start, tracking, *pruning, StopsOnSignal()])
             given_back.callback(run.hooks.release)
-        checkpoint = ranks().first(lambda: str(newest_intact(folder.checkpoints) or "")) or None
+        if run.initial is not None:
+            start.beside.append(run.initial.rows)
+            record.content["init_from"] = run.initial.report  # filled when the fit begins
         if checkpoint is not None and is_first:
             print(f"continuing from {checkpoint}", flush=True)
         tracking.loggers = run.trainer.loggers

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from app.accumulate import Accumulation
+from app.begin.weights import InitialWeights, initial_weights
 from app.clip import Clip
 from app.config import Config, is_single
 from app.errors import Refused
@@ -52,6 +53,7 @@ class Run:
     data: pl.LightningDataModule | None
     trainer: Trainer
     hooks: DataHooks
+    initial: InitialWeights | None
 
     def measured(self, checkpoint: str | None) -> dict[str, Any]:
         """What the fit has measured, also before it was continued; see `run.measured`."""
@@ -112,6 +114,10 @@ def build(
     model, data, hooks = _make_model_and_data(config)
     if config.optimizer is not None:
         _replace_optimizers(model, hooks, config.plain)
+    initial = initial_weights(config)
+    if initial is not None:
+        make = partial(initial.before, model, model.configure_optimizers)
+        hooks.in_place_of("configure_optimizers", make)
     _rewrite_forwards(model, hooks, config.plain)
     parallel: list[DataParallel] = []
     if techniques is None:
@@ -169,7 +175,7 @@ def build(
         *chosen.values(),
     ]
     trainer = build_trainer(config, callbacks=callbacks, loggers=loggers)
-    return Run(model=model, data=data, trainer=trainer, hooks=hooks)
+    return Run(model=model, data=data, trainer=trainer, hooks=hooks, initial=initial)
 
 
 def build_techniques(config: Config) -> list[pl.Callback]:

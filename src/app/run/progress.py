@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -58,9 +58,14 @@ class EpochLines(pl.Callback):
 
 
 class StartTable(pl.Callback):
-    """Prints what is on when training starts: techniques, effective batch, optimizer steps."""
+    """Prints what is on when training starts: techniques, effective batch, optimizer steps.
+
+    Attributes:
+        beside: what makes further rows.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        self.beside: list[Callable[[], list[tuple[str, str]]]] = []
         self.batch: dict[str, Any] = {}
         self.num_parameters: int | None = None
         self._config = dict(config)
@@ -113,6 +118,7 @@ class StartTable(pl.Callback):
             ),
             ("length", f"{steps} optimizer steps of {parameters}"),
         ]
+        rows += [row for make in self.beside for row in make()]
         if trainer.global_step:
             rows.append(("continues", f"after optimizer step {trainer.global_step}"))
         print("\n".join(f"{name:<12}{text}" for name, text in rows), flush=True)

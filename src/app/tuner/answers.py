@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from app.tuner.keys import tunable
 
 NAME = "tuned.yaml"
 DECIDING = ("model", "data", "optimizer", "accumulate", "clip", "averaging", "strategy",
-            "precision", "memory", "compile", "callbacks", "tuner")  # fmt: skip
-"""Groups whose settings decide what a finder answers. Not the schedule, which is built from the
-answer, and not the seed, so that a sweep over seeds searches once."""
+            "precision", "memory", "compile", "callbacks", "tuner", "init_")  # fmt: skip
+"""How the keys begin whose settings decide what a finder answers. Not the schedule, which is built
+from the answer, and not the seed, so that a sweep over seeds searches once."""
 
 TRAINER = ("threads", "devices", "num_nodes", "limit_train_batches", "overfit_batches", "plugins")
 OF_CALLBACKS = ("checkpoint", "early_stopping", "progress")
@@ -92,7 +93,7 @@ def cache_key(config: Mapping[str, Any], *, device: str) -> str:
     """
     from app.sharing.key import sources  # which imports torch
 
-    chosen = {group: config[group] for group in DECIDING if config[group] is not None}
+    chosen = {k: one for k, one in config.items() if one is not None and k.startswith(DECIDING)}
     if "callbacks" in chosen:
         named = chosen["callbacks"].items()
         chosen["callbacks"] = {name: one for name, one in named if name not in OF_CALLBACKS}
@@ -111,12 +112,12 @@ def cache_key(config: Mapping[str, Any], *, device: str) -> str:
 
 
 def _files(value: Any) -> Iterator[str]:
-    """The files that settings name."""
+    """The files that settings name, and the checkpoints of a run whose folder they name."""
     if isinstance(value, Mapping | list):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _files(item)
-    elif isinstance(value, str) and os.path.isfile(value):
-        yield value
+    elif isinstance(value, str):
+        yield from filter(os.path.isfile, (value, *glob(f"{escape(value)}/checkpoints/*.ckpt")))
 
 
 @contextmanager
