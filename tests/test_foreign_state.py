@@ -32,7 +32,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from app.run.progress import StartTable
+from app.screen.start import StartTable
 
 pytestmark = [*warnings_of_lightning, pytest.mark.filterwarnings("ignore:Lazy modules"),
               pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled")]  # fmt: skip

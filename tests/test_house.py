@@ -15,7 +15,7 @@ FLOORS = (
     {"parallel"},
     {"accumulate", "averaging", "clip", "compile", "data", "memory", "models", "optim",
      "precision", "sharing", "strategy"},
-    {"logger", "record", "resume"},
+    {"logger", "record", "resume", "screen"},
     {"begin"},
     {"run"},
     {"throwaway"},

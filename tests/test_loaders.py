@@ -36,7 +36,7 @@ from app.record.folder import RunFolder
 from app.run.build import Run, build
 from app.run.checkpoint import newest_intact
 from app.run.evaluation import evaluate
-from app.run.progress import StartTable
+from app.screen.start import StartTable
 
 QUIET = ("model=custom", "model._target_=test_loaders.Recorder", "data=custom", "optimizer=none",
          "data._target_=test_loaders.Data", "trainer.max_epochs=3", "logger=none",

@@ -193,7 +193,7 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
     ),
     "torch.utils._pytree": (
         "averaging/norms.py parallel/data_parallel.py resume/position.py "
-        "run/progress.py throwaway/samples.py",
+        "screen/start.py throwaway/samples.py",
         "that what a batch, or a model, holds is found in any nest of containers",
         lambda: _in("torch.utils._pytree", "tree_map"),
     ),

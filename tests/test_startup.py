@@ -22,15 +22,16 @@ OF_LIGHTNING = {
 """Of these, what torch and Lightning import where it is installed."""
 
 SHOWN = """
-app app.cli app.conf app.config app.errors app.monitored app.parallel app.parallel.sizes
+app app.cli app.conf app.config app.errors app.monitored app.parallel app.parallel.sizes app.process
+app.process.tracebacks
 """
 """Ours, of a command that only shows a configuration; without the schemas of its groups."""
 
 CHECKED = """
 app.begin app.begin.source
-app.fit app.launch app.launch.start app.process app.process.asked
-app.process.files app.process.imports app.process.ranks app.process.requeue app.process.targets
-app.record app.record.folder app.record.states app.tuner app.tuner.answers app.tuner.keys
+app.fit app.launch app.launch.start app.process.asked app.process.files
+app.process.imports app.process.ranks app.process.requeue app.process.targets app.record
+app.record.folder app.record.states app.tuner app.tuner.answers app.tuner.keys
 """
 """Ours, of a command that checks one, beside those."""
 
@@ -45,7 +46,7 @@ app.precision app.process.intact app.process.random_state app.record.loggers app
 app.record.names app.record.result app.resume app.resume.exact app.resume.held app.resume.hooks
 app.resume.modes app.resume.position app.resume.unfinished app.run app.run.beside app.run.build
 app.run.checkpoint app.run.measured app.run.progress app.run.raw app.run.signals app.run.trainer
-app.strategy
+app.screen app.screen.start app.strategy
 """
 """Ours, of the default run, beside those."""
 

@@ -1,9 +1,10 @@
-"""What happens beside the training: checkpoints, early stopping, progress.
+"""What happens beside the training: checkpoints, early stopping, progress, a summary of the model.
 
 | preset         | callbacks                                         |
 |----------------|---------------------------------------------------|
 | default        | checkpoints and progress                          |
 | early_stopping | those, and an end when validation improves no more |
+| summary        | those of default, and the model's layers at the start |
 
 Add one with +callbacks.mine._target_=theirs.Callback, or in `configure_callbacks` of a model; one
 derived from a class here takes its place there. Lightning's own techniques, such as
@@ -68,6 +69,15 @@ class Progress:
 
 
 @dataclass(kw_only=True)
+class Summary:
+    """The layers of the model with their parameters, printed when training starts."""
+
+    _target_: str = "app.screen.summary.summary"
+    max_depth: int = number(at_least=-1, at_most=MANY, instead="for all of them type {key}=-1")
+    """Levels of modules in modules, >= 0; -1 = all."""
+
+
+@dataclass(kw_only=True)
 class Callbacks:
     """Callbacks by name."""
 
@@ -78,4 +88,11 @@ class Callbacks:
     progress: Progress | None = None
 
 
-PRESETS = {"default": Callbacks, "early_stopping": Callbacks}
+@dataclass(kw_only=True)
+class WithSummary(Callbacks):
+    """Callbacks by name; elsewhere `summary` is a name like others."""
+
+    summary: Summary | None = None
+
+
+PRESETS = {"default": Callbacks, "early_stopping": Callbacks, "summary": WithSummary}

@@ -24,6 +24,7 @@ from omegaconf import errors as of_omegaconf
 from yaml import MarkedYAMLError
 
 from app.errors import JobsFailed, RankFailed, Refused
+from app.process.tracebacks import shorten
 
 REFUSALS = (of_hydra.HydraException, of_omegaconf.OmegaConfBaseException, Refused)
 
@@ -68,6 +69,7 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
         guarded.is_unread = True
     except Exception as error:
         if guarded.has_begun and not is_told_in_a_line(error):
+            shorten(error)
             raise
         guarded.refused.append(error)
     finally:

@@ -172,8 +172,8 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
         from app.run.build import seed_all
         from app.run.checkpoint import newest_intact
         from app.run.measured import tested
-        from app.run.progress import StartTable
         from app.run.signals import StopsOnSignal
+        from app.screen.start import StartTable
     is_first = ranks().is_first
     before = folder.read_result() or {}
     record = Record(config.plain, folder, writes=is_first)

@@ -4,7 +4,6 @@ import os
 import pickle
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from hydra.types import HydraContext
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from app.cli import VERSION_BASE, explain, is_told_in_a_line
+from app.cli import VERSION_BASE
 from app.errors import RankFailed
+from app.launch.failures import failure_of
 from app.process.asked import HEEDED
 from app.process.ending import GRACE_S, end_in_time, leave
 from app.process.files import write_to
@@ -182,11 +182,7 @@ def _outcome(task: Callable[[DictConfig], Any], cfg: DictConfig, folder: Path) -
             return Outcome(state=State.interrupted)
         return Outcome(state=State.failed, error=f"SystemExit: {stop.code}")
     except BaseException as error:
-        is_refusal = is_told_in_a_line(error)
-        text = f"{type(error).__name__}: {error}"
-        if is_refusal:
-            text = explain(error)
-        if isinstance(error, RankFailed):
-            text = error.error
-        print(text if is_refusal else traceback.format_exc(), file=sys.stderr)
-        return Outcome(state=State.failed, error=text, is_refusal=is_refusal)
+        failure = failure_of(error, 0)
+        text = error.error if isinstance(error, RankFailed) else failure.refusal or failure.error
+        print(failure.refusal or failure.trace, file=sys.stderr)
+        return Outcome(state=State.failed, error=text, is_refusal=failure.refusal is not None)

@@ -1,11 +1,11 @@
 """How ranks fail, and which of them failed first. Needs no torch."""
 
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.cli import explain, is_told_in_a_line
+from app.process.tracebacks import in_a_line, trace
 
 LOST_PEER = ("by peer", "broken pipe", "connection refused", "connection was closed", "nccl",
              "gloo", "remote process", "ended from outside")  # fmt: skip
@@ -30,12 +30,12 @@ class Failure:
 
 def failure_of(error: BaseException, rank: int) -> Failure:
     """What is told of an exception."""
-    text = f"{type(error).__name__}: {error}"
+    text = in_a_line(error)
     return Failure(
         rank=rank,
         at=time.time(),
         error=text,
-        trace="".join(traceback.format_exception(error)),
+        trace=trace(error),
         exit_code=int(error.code or 0) if isinstance(error, SystemExit) else None,
         refusal=explain(error) if is_told_in_a_line(error) else None,
         is_of_a_lost_peer=isinstance(error, RuntimeError)

@@ -14,6 +14,7 @@ from typing import Any
 from app import DISTRIBUTION
 from app.config import config_hash
 from app.process.requeue import slurm_job
+from app.process.tracebacks import in_a_line
 from app.record.folder import RunFolder
 from app.record.loggers import read_metrics
 from app.record.names import stage_of, stem
@@ -60,7 +61,7 @@ class Record:
             last = traceback.extract_tb(error.__traceback__)[-1]
             self.content |= {
                 "status": State.failed,
-                "error": f"{type(error).__name__}: {error}",
+                "error": in_a_line(error),
                 "where": f"{last.filename}:{last.lineno} in {last.name}",
             }
             raise

@@ -1,11 +1,11 @@
 """Callbacks that users bring, from the configuration or from `configure_callbacks` of a model."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 
 from app.accumulate import Accumulation
 from app.averaging import Averaging
@@ -13,6 +13,7 @@ from app.clip import Clip
 from app.config import LIGHTNINGS, OF_LIGHTNING
 from app.errors import Refused
 from app.resume.hooks import switch_off_inherited
+from app.run.progress import EpochLines, draws
 
 TECHNIQUES = {"accumulate": Accumulation, "averaging": Averaging, "clip": Clip}
 """Of ours, by their groups."""
@@ -63,9 +64,13 @@ def checked(
     Raises Refused where one is none that may stand there.
     """
     made = configure() or []
-    callbacks: Iterable[pl.Callback] = made if isinstance(made, Sequence) else [made]
+    callbacks: Sequence[pl.Callback] = made if isinstance(made, Sequence) else [made]
     for callback in callbacks:
         key = f"{type(model).__name__}.configure_callbacks: {type(callback).__name__}"
         refuse_beside({key: callback}, dirpath=dirpath)
         switch_off_inherited(callback)
+    if any(map(draws, callbacks)):
+        for ours in model.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(ours, EpochLines) and isinstance(ours, ProgressBar):
+                ours.disable()
     return list(callbacks)

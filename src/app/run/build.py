@@ -9,6 +9,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
@@ -32,6 +33,7 @@ from app.resume.position import refuse_empty
 from app.run.beside import checked, refuse_beside, refuse_lightnings
 from app.run.checkpoint import CheckpointFiles, Checkpoints
 from app.run.measured import Measured, keeper, measured
+from app.run.progress import with_one_bar
 from app.run.raw import ClipsRaw
 from app.run.trainer import Trainer
 
@@ -266,6 +268,7 @@ def build_trainer(
 ) -> Trainer:
     """Build the trainer around its callbacks and loggers; without one, a NoLogger stands there:
     models rely on `self.logger`."""
+    callbacks = with_one_bar(callbacks)
     has_bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
     make = instantiate(config.plain["trainer"], _convert_="object", _partial_=True)
     trainer: Trainer = make(  # given to `instantiate`, a callback that is a dataclass is copied
@@ -298,7 +301,20 @@ def data_with(
 
 
 def _make(config: Any) -> Any:
-    return instantiate(config, _convert_="all")
+    """What a class makes. Raises what its constructor raises, not Hydra's words for it."""
+    try:
+        return instantiate(config, _convert_="all")
+    except InstantiationException as error:
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__  # of a class that builds its parts the same way, too
+        if cause is error:
+            raise
+    target, called = config["_target_"], cause.__traceback__
+    if isinstance(cause, TypeError) and called is not None and called.tb_next is None:
+        raise Refused(f"{target} cannot be built: {cause}; mend it, or name another class")
+    cause.add_note(f"while {target} was built")
+    raise cause
 
 
 def _made(key: str, config: Mapping[str, Any], *kinds: type, **given: Any) -> Any:
