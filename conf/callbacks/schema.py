@@ -74,7 +74,7 @@ class Summary:
 
     _target_: str = "app.screen.summary.summary"
     max_depth: int = number(at_least=-1, at_most=MANY, instead="for all of them type {key}=-1")
-    """Levels of modules in modules, >= 0; -1 = all."""
+    """Levels of modules in modules, >= 0; 0 = no summary, -1 = all."""
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ def summary(*, max_depth: int) -> pl.Callback:
     """Lightning's summary of a model: in colours where the output is a terminal.
 
     Args:
-        max_depth: levels of modules in modules, >= -1; -1 for all.
+        max_depth: levels of modules in modules, >= 0, where 0 prints nothing; -1 for all.
     """
     kind = RichModelSummary if sys.stdout.isatty() else PlainSummary
     return kind(max_depth=max_depth)
@@ -27,6 +27,8 @@ class PlainSummary(ModelSummary):
         self._depth = max_depth
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._depth == 0:
+            return
         strategy = trainer.strategy
         is_split = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
         make = DeepSpeedSummary if is_split else summarize
