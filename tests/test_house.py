@@ -24,11 +24,11 @@ FLOORS = (
     {"fit"},
     {"slurm"},
     {"sweep"},
-    {"check", "evaluate", "library", "report", "train", "tune"},
+    {"check", "evaluate", "library", "new", "report", "train", "tune"},
 )  # fmt: skip
 """The rooms, from the lowest floor to the entry points."""
 
-ENTRY_POINTS = ("check", "evaluate", "train", "tune")
+ENTRY_POINTS = ("check", "evaluate", "new", "train", "tune")
 FLAT_FILES = 20
 FILE_LINES = 350
 ROOM_LINES = 1500

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import app
-from app import DISTRIBUTION, pip_install
+from app import DISTRIBUTION, new, pip_install
 
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -88,7 +88,8 @@ def test_the_wheel_holds_the_program_and_its_configuration(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     conf = {f"app/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     source = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src").rglob("*.py")}
-    assert conf | source <= names
+    project = {f"app/project/{name}" for name in new.files()}
+    assert conf | source | project <= names
     assert {"app/data/mnist1d.npz", "effective_training.pth"} <= names
 
 
@@ -100,6 +101,17 @@ def test_the_wheel_works_from_an_unrelated_folder(installed: Path, tmp_path: Pat
     train = (installed, "-m", "app.train", "trainer.max_epochs=1", "averaging=ema", "name=wheel")
     assert "finished" in run(*train, cwd=tmp_path)
     assert (tmp_path / "runs/wheel/result.json").exists()
+
+
+@pytest.mark.slow
+def test_a_project_that_the_wheel_makes_passes_its_own_tests(
+    installed: Path, tmp_path: Path
+) -> None:
+    said = run(installed, "-m", "app.new", "shapes", cwd=tmp_path)
+    *_, enter, train, make = said.splitlines()
+    assert (enter, train) == ("cd shapes", f"{installed} -m app.train experiment=first")
+    assert "1 passed" in run(*make.split(), cwd=tmp_path / "shapes")
+    assert "finished" in run(*train.split(), "trainer.max_epochs=1", cwd=tmp_path / "shapes")
 
 
 FILES: Mapping[str, tuple[str, ...]] = {

@@ -92,6 +92,12 @@ def test_checking_a_configuration_imports_no_torch(tmp_path: Path) -> None:
     assert others == set()
 
 
+def test_a_project_is_made_without_a_configuration(tmp_path: Path) -> None:
+    ours, others = imported("app.new", "shapes", cwd=tmp_path)
+    assert sorted(ours) == ["app", "app.cli", "app.errors"]
+    assert others == set()
+
+
 def test_a_run_imports_what_it_is_built_of(tmp_path: Path) -> None:
     small = ("trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.accelerator=cpu")
     ours, others = imported("app.train", *small, "logger=csv", cwd=tmp_path)

@@ -23,7 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf import errors as of_omegaconf
 from yaml import MarkedYAMLError
 
-from app.errors import JobsFailed, RankFailed, Refused
+from app import DISTRIBUTION
+from app.errors import JobsFailed, RankFailed, Refused, Unreadable
 from app.process.tracebacks import shorten
 
 REFUSALS = (of_hydra.HydraException, of_omegaconf.OmegaConfBaseException, Refused)
@@ -40,9 +41,6 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
     """Run `task` on the composed configuration; exit with 2 where what was typed is refused."""
     make_streams_safe()
     arguments = sys.argv[1:]
-    if "--help" in arguments or "-h" in arguments:
-        print(help_text(config_name, description))
-        return
     if arguments == ["-sc", "install=bash"]:
         print(Path(__file__).with_name("completion.bash").read_text(), end="")
         return
@@ -55,6 +53,9 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
     exit_code = 0
     gc.disable()  # composing makes many objects and no garbage
     try:
+        if "--help" in arguments or "-h" in arguments:
+            print(help_text(config_name, description))
+            return
         refuse_environment(os.environ)
         if config_name == "check" and is_sweep:
             sys.argv[1:] = as_a_check(arguments)
@@ -181,6 +182,13 @@ def named_after_job(arguments: list[str]) -> list[str]:
     return [*arguments[:place], f"name=slurm-{job}-{digest}", *arguments[place:]]
 
 
+NOT_OURS = (
+    "what is composed has not the keys of a run: its file must begin with defaults: [train, "
+    "_self_], and have another name than train.yaml; type --config-name NAME"
+)
+"""Where a file of the user's hides ours, or stands alone."""
+
+
 class TaskOfCommand:
     """What Hydra calls with the configuration, once a job: keeps refusals and failures for the end.
 
@@ -201,6 +209,8 @@ class TaskOfCommand:
         self.has_begun = True
         gc.enable()
         try:
+            if OmegaConf.get_type(cfg) is dict:
+                raise Refused(NOT_OURS)
             return self.task(cfg)
         except RankFailed as failure:
             self.failed.append(failure)  # its traceback is that of the rank: ours would hide it
@@ -384,7 +394,7 @@ def help_text(config_name: str, description: str) -> str:
     lines = [description or "", "", f"usage: {command} [group=preset ...] [key=value ...]"]
     if config_name in ("train", "tune", "check"):
         lines += ["", "groups (group=preset; what it is):"]
-        for group, (presets, summary) in groups().items():
+        for group, (presets, summary) in groups(project_conf()).items():
             lines += [f"  {group}={'|'.join(presets)}", f"      {summary}"]
     lines += [
         "",
@@ -408,11 +418,43 @@ def _conf() -> Path:
     return Path(str(spec.origin)).parent
 
 
-def groups() -> dict[str, tuple[list[str], str]]:
-    """Each group of the configuration: its presets and the first sentence of its method card."""
+def project_files() -> Path:
+    """The folder of what `python -m app.new` makes."""
+    return _conf().with_name("project")
+
+
+def project_conf() -> Path | None:
+    """The presets of the project in the working directory, that its pyproject.toml names.
+
+    Raises Refused where what it names is no folder, or the file cannot be read.
+    """
+    path = Path("pyproject.toml")
+    if not path.is_file():
+        return None
+    import tomllib
+
+    try:
+        tools = tomllib.loads(path.read_text()).get("tool", {})
+        name = tools.get(DISTRIBUTION, {}).get("conf")
+    except (OSError, ValueError, AttributeError) as error:
+        raise Unreadable(path.absolute(), error) from None
+    if name is not None and not (isinstance(name, str) and Path(name).is_dir()):
+        raise Refused(
+            f"[tool.{DISTRIBUTION}] conf must be a folder beside {path.absolute()}, got {name!r}; "
+            'write conf = "conf"'
+        )
+    return None if name is None else Path(name).absolute()
+
+
+def groups(theirs: Path | None = None) -> dict[str, tuple[list[str], str]]:
+    """Each group of the configuration: its presets, and the first sentence of its method card.
+
+    With the presets of a folder of the user's beside ours, where one is given.
+    """
     found = {}
     for folder in sorted(_conf().iterdir()):
-        presets = sorted(path.stem for path in folder.glob("*.yaml"))
+        places = [folder] if theirs is None else [folder, theirs / folder.name]
+        presets = sorted({path.stem for place in places for path in place.glob("*.yaml")})
         if presets:
             card = folder / "schema.py"
             text = ast.get_docstring(ast.parse(card.read_text())) if card.exists() else None
