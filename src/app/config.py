@@ -399,10 +399,10 @@ def changed_by_debug(cfg: DictConfig) -> list[str]:
         return []
     hydra = HydraConfig.get()
     typed = [word for word in hydra.overrides.task if word.lstrip("+").partition("=")[0] != "debug"]
-    before = _flat(_raw(compose(hydra.job.config_name, [*typed, "debug=none"])))
+    before = flat(_raw(compose(hydra.job.config_name, [*typed, "debug=none"])))
     return [
         f"debug={cfg.debug} changes {key} {_shown(before.get(key))} -> {_shown(value)}"
-        for key, value in _flat(_raw(cfg)).items()
+        for key, value in flat(_raw(cfg)).items()
         if before.get(key) != value and key != "debug"
     ]
 
