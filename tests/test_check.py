@@ -87,6 +87,24 @@ KEYS = {
         "trainer.devices=3",
     ): "accumulate.batch_size must be a multiple of 384 (micro-batch 128 x world size 3), got 128; "
     "the nearest that work: accumulate.batch_size=384",
+    ("trainer.min_epochs=31",): "trainer.min_epochs must be <= trainer.max_epochs, 30, got 31; "
+    "type trainer.min_epochs=null",
+    ("trainer.deterministic=maybe",): "trainer.deterministic must be true, false or warn, got "
+    "maybe; type trainer.deterministic=true",
+    ("trainer.overfit_batches=0",): "trainer.overfit_batches must leave a batch to train on, got "
+    "0; to train on all type trainer.overfit_batches=null",
+    ("trainer.overfit_batches=3", "trainer.limit_train_batches=2"): "trainer.limit_train_batches=2 "
+    "has no effect: trainer.overfit_batches is the limit; type trainer.limit_train_batches=null",
+    ("trainer.reload_dataloaders_every_n_epochs=2",): "trainer.reload_dataloaders_every_n_epochs "
+    "must be <= 1, got 2; what is made less often cannot be made again in a continued run; type "
+    "trainer.reload_dataloaders_every_n_epochs=1, and keep in the model or the data what is to "
+    "stay",
+    ("+trainer.plugins.mine=3",): "trainer.plugins.mine needs a class; type "
+    "+trainer.plugins.mine._target_=package.Plugin",
+    ("trainer.gradient_clip_val=1",): "trainer.gradient_clip_val is replaced here by something "
+    "else; type clip=norm clip.max_norm=1.0",
+    ("+trainer.fast_dev_run=true",): "trainer.fast_dev_run is replaced here by something else; "
+    "type debug=fast",
     ("trainer.devices=some",): "trainer.devices must be >= 1, up to 1024, or auto, got some; type "
     "trainer.devices=2 strategy=ddp",
 }

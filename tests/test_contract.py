@@ -10,6 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import lightning.pytorch as pl
 import pytest
 import yaml
 from hydra.utils import get_object
@@ -28,7 +29,7 @@ SHAPES = [
 PRESETS = [
     pytest.param(path, id=f"{path.parent.name}={path.stem}")
     for path in sorted(ROOT.glob("*/*.yaml"))
-    if path.stem not in ("none", "custom") and path.parent.name != "experiment"
+    if path.stem not in ("none", "custom") and path.parent.name not in ("experiment", "debug")
 ]
 
 
@@ -146,6 +147,16 @@ def test_a_class_takes_the_types_that_its_schema_says(preset: Path) -> None:
                 assert allowed == taken if kind._target_[:4] == "app." else allowed <= taken, (
                     f"{name}.{key}"
                 )
+
+
+def test_every_argument_of_lightnings_trainer_is_a_key_or_says_what_to_type() -> None:
+    from app.conf.trainer.schema import Trainer
+
+    theirs = inspect.signature(pl.Trainer).parameters.keys()
+    keys, instead = settings(Trainer).keys(), Trainer._instead_.keys()
+    assert theirs - {"self"} == (keys & theirs) | instead
+    assert keys - theirs == {"max_minutes", "threads"}  # which Lightning has not
+    assert not keys & instead
 
 
 def test_a_schema_of_a_number_against_a_class_of_a_text_is_seen() -> None:
