@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
     from app.run.build import Run
-    from app.run.progress import StartTable
     from app.run.pruning import PrunesTrial
+    from app.screen.start import StartTable
 
 
 KEPT = ("init_from",)
