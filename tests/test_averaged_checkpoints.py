@@ -453,7 +453,13 @@ def test_every_way_to_a_file_is_of_the_average(tmp_path: Path) -> None:
                 raise InterruptedError
 
     ours = Checkpoints(
-        dirpath=str(tmp_path), monitor="val_loss", mode="min", every_n_steps=1, every_min=None
+        dirpath=str(tmp_path),
+        monitor="val_loss",
+        mode="min",
+        top_k=1,
+        filename=None,
+        every_n_steps=1,
+        every_min=None,
     )
     best = ModelCheckpoint(tmp_path, save_top_k=3, monitor="val_loss", filename="top")
     failed = OnExceptionCheckpoint(tmp_path, filename="failed")

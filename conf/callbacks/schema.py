@@ -11,16 +11,44 @@ derived from a class here takes its place there. Lightning's own techniques, suc
 EMAWeightAveraging, are refused: ours would know nothing of them.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ..rules import MANY, TEN_YEARS_MIN, count, folder, number, text
+from omegaconf import MISSING
+
+from ..rules import MANY, RULE, TEN_YEARS_MIN, Name, count, folder, number, require, text
 
 AT_THE_ENDS = "for the epochs' ends only type {key}=null"
 
+FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")
+AS_TEMPLATE = "type '{key}=\"epoch={{epoch}}-{{val_loss:.3f}}\"'"
+
 Mode = StrEnum("Mode", "min max")
 """Whether a metric is better when smaller or larger."""
+
+
+class Template(Name):
+    """A file's name with fields to fill in: {epoch}, {step} and metrics, each with its format."""
+
+    def refusal(self, key: str, value: Any) -> str | None:
+        """What to say of a value; None where it is allowed."""
+        if not isinstance(value, str):
+            return None
+        instead = self.instead.format(key=key)
+        plain = FIELD.sub("0", value)
+        if "/" in plain or plain in ("best", "last", "previous"):
+            return f"{key} must be the name of a file beside best.ckpt, got {value}; {instead}"
+        if "{" in plain or "}" in plain:
+            return f"{key} must have names alone in its braces, got {value}; {instead}"
+        for name, how in FIELD.findall(value):
+            try:
+                format(0 if name in ("epoch", "step") else 0.0, how)
+            except ValueError as error:
+                return f"{key} must have formats of numbers, got {value}: {error}; {instead}"
+        refusal = super().refusal(key, plain)
+        return refusal and refusal.replace(f"got {plain}", f"got {value}")
 
 
 @dataclass(kw_only=True)
@@ -35,10 +63,23 @@ class Checkpoints:
     null keeps no best one."""
     mode: Mode | None = None
     """min or max: which values of the metric are better; null = by its name, such as val_acc."""
+    top_k: int | None = number(above=0, at_most=MANY, instead="to keep all type {key}=null")
+    """How many of the best are kept, >= 1; null = all. best.ckpt is the best of them."""
+    filename: str | None = field(default=MISSING, metadata={RULE: Template(AS_TEMPLATE)})
+    """Their name, with fields for {epoch}, which counts from 1, {step} and metrics, as in
+    'epoch={epoch}-{val_loss:.3f}'; null = best.ckpt, and of several 'epoch={epoch}-step={step}'."""
     every_n_steps: int | None = number(above=0, at_most=MANY, instead=AT_THE_ENDS)
     """Also after this many optimizer steps, >= 1; null = at the epochs' ends."""
     every_min: float | None = number(above=0, at_most=TEN_YEARS_MIN, instead=AT_THE_ENDS)
     """Also after this many minutes, > 0; null = at the epochs' ends."""
+
+    def __post_init__(self) -> None:
+        for key, value, default in (("top_k", self.top_k, 1), ("filename", self.filename, None)):
+            require(
+                self.monitor is not None or value == default,
+                f"callbacks.checkpoint.{key} has no effect: callbacks.checkpoint.monitor is null, "
+                "which keeps no best one; type callbacks.checkpoint.monitor=val_loss",
+            )
 
 
 @dataclass(kw_only=True)

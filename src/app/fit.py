@@ -212,6 +212,8 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
             "batch": start.batch or before.get("batch", {}),  # no step was left to make
             "checkpoints": {name: path and folder.within(path) for name, path in kept.items()},
         }
+        if top := {folder.within(path): float(score) for path, score in run.top().items()}:
+            record.content["top_checkpoints"] = top
         record.write()  # what is known now is not measured again where the test is cut
         is_pruned = any(callback.has_pruned for callback in pruning)
         if is_pruned:

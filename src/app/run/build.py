@@ -71,6 +71,10 @@ class Run:
             last = getattr(kept, "last_model_path", None) or None
         return {"best": getattr(kept, "best_model_path", None) or last, "last": last}
 
+    def top(self) -> dict[str, float]:
+        """Paths and scores of the best checkpoints that are kept beside best.ckpt."""
+        return dict(getattr(keeper(self.trainer), "best_k_models", {}))
+
     def refuse_untrained(self) -> None:
         """Raise Refused after a fit that has not trained on a single batch."""
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total

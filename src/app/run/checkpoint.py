@@ -3,7 +3,6 @@
 import math
 import os
 import pickle
-import shutil
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from app.record.loggers import MetricsCsv
 from app.record.names import logged_as, stage_of
 from app.resume.exact import ExactResume
 from app.resume.hooks import after_batch
+from app.run.top import Top, link, remove
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
@@ -166,6 +166,15 @@ class Kept(Checkpoint):
         self.mode: str | None = None
         self.best_model_path = ""
         self.best_score: float | None = None
+        self._top: Top | None = None
+
+    @property
+    def best_k_models(self) -> dict[str, float]:
+        """The files of the best checkpoints and their scores; empty where best.ckpt is all."""
+        return {str(self.directory / name): of for name, of in self._scores().items()}
+
+    def _scores(self) -> dict[str, float]:
+        return {} if self._top is None else dict(self._top.scores)
 
     @property
     def dirpath(self) -> str:
@@ -204,6 +213,8 @@ class Checkpoints(Kept):
         monitor: metric of the validation or the training, also where the model logs it with another
             separator, `val/loss` for `val_loss`; None keeps no best one.
         mode: min or max: which values are better; None where there is no monitor.
+        top_k, filename: of `Top`; with 1 and None there is best.ckpt alone. With others that is
+            the best of them too.
         every_n_steps: also after this many optimizer steps, >= 1; None only at the epochs' ends.
         every_min: also after this many minutes, > 0; None only at the epochs' ends.
     """
@@ -214,10 +225,14 @@ class Checkpoints(Kept):
         dirpath: str,
         monitor: str | None,
         mode: str | None,
+        top_k: int | None,
+        filename: str | None,
         every_n_steps: int | None,
         every_min: float | None,
     ) -> None:
         super().__init__(dirpath=dirpath)
+        if top_k != 1 or filename is not None:
+            self._top = Top(top_k=top_k, filename=filename, mode=mode)
         self.monitor = monitor
         self.mode = mode
         self.every_n_steps = every_n_steps
@@ -317,10 +332,22 @@ class Checkpoints(Kept):
         score = float(
             trainer.strategy.broadcast(float(value))
         )  # of the first rank: all save, or none
-        if self._is_better(score):
-            self.best_score = score
-            self.best_model_path = str(self.directory / "best.ckpt")
-            trainer.save_checkpoint(self.best_model_path, weights_only=False)
+        best = self.directory / "best.ckpt"
+        if is_best := self._is_better(score):
+            self.best_score, self.best_model_path = score, str(best)
+        if self._top is None:
+            if is_best:
+                trainer.save_checkpoint(best, weights_only=False)
+        elif self._top.takes(score):
+            name, displaced = self._top.add(trainer, score)
+            path = self.directory / name
+            trainer.save_checkpoint(path, weights_only=False)
+            if is_best and trainer.strategy.broadcast(path.is_dir()):  # DeepSpeed's
+                trainer.save_checkpoint(best, weights_only=False)
+            elif is_best and trainer.is_global_zero:
+                link(path, best)
+            if displaced is not None and trainer.is_global_zero:
+                remove(self.directory / displaced)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -328,6 +355,7 @@ class Checkpoints(Kept):
             "monitor": self.monitor,
             "of_validation": self._of_validation,
             "has_validated": self._has_validated,
+            "top": self._scores(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -337,6 +365,8 @@ class Checkpoints(Kept):
         if state_dict["monitor"] == self.monitor and best.exists():
             self.best_score = state_dict["best_model_score"]
             self.best_model_path = str(best)
+            if self._top is not None:
+                self._top.restore(state_dict.get("top", {}), self.directory)
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         steps = trainer.global_step - self._saved_step
@@ -372,7 +402,7 @@ class Checkpoints(Kept):
         if trainer.is_global_zero and self.last.exists():
             previous = self.directory / "previous.ckpt"
             if previous.is_dir():
-                shutil.rmtree(previous)
+                remove(previous)
             self.last.replace(previous)
             sync_folder(self.directory)
         for logger in trainer.loggers:

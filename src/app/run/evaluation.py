@@ -81,12 +81,12 @@ def _refuse_out_of_range(group: str, chosen: Any) -> None:
 
 
 def checkpoint_path(folder: RunFolder, checkpoint: str) -> Path:
-    """The file that `checkpoint` means: best, last, or a path.
+    """The file that `checkpoint` means: the name of one of the run's, or a path.
 
     Raises Refused where there is none, or it is damaged, naming those that could be typed.
     """
     path = Path(checkpoint)
-    if checkpoint in ("best", "last"):
+    if checkpoint in ("best", "last", *_names(folder)):
         path = folder.checkpoints / f"{checkpoint}.ckpt"
     if not path.exists():
         raise Refused(
@@ -109,7 +109,7 @@ def checkpoint_path(folder: RunFolder, checkpoint: str) -> Path:
 
 
 def _names(folder: RunFolder) -> list[str]:
-    return sorted(file.stem for file in folder.checkpoints.glob("*.ckpt"))
+    return sorted(file.name[: -len(".ckpt")] for file in folder.checkpoints.glob("*.ckpt"))
 
 
 def _is_whole(path: Path) -> bool:
