@@ -42,24 +42,35 @@ class ExactResume(pl.Callback):
         self._unfinished = Unfinished()
         self._held: Held | None = None
         self._loaders: list[ResumableLoader] = []
+        self._made_from: dict[str, Any] = {}
+        self._positions: list[dict[str, Any]] = []
+        self._has_started = False
         self.metrics: dict[str, float] = {}
         self._restored: dict[str, Any] | None = None
         self._weights: dict[str, Any] | None = None
         self._begins_again = False
 
+    def before_made(self) -> None:
+        """Let `train_dataloader` draw what it drew in the fit that is continued."""
+        if made_from := (self._restored or {}).get("made_from"):
+            set_random_state(made_from)
+        self._made_from = random_state()
+
     def resumable(self, loaders: Any) -> Any:
         """What `train_dataloader` returned, made to find its place again."""
         loaders, self._loaders = resumable(loaders, self._fillers)
+        for loader in self._loaders:
+            loader.waits = self._has_started and loader.asks_ahead  # made anew, for its epoch
         self._restore_positions()
         return loaders
 
     def _restore_positions(self) -> None:
-        """Tell the loaders where they stand, once it is known and they are there."""
-        if self._restored is None or not self._loaders:
+        """Tell the loaders where they stand, once it is known and they are there; again where they
+        are made anew before the first batch."""
+        if not self._loaders:
             return
-        positions = self._restored.pop("positions", [])
-        for loader, position in zip(self._loaders, positions, strict=bool(positions)):
-            loader.restore(position, epoch=self._restored["epoch"])
+        for loader, position in zip(self._loaders, self._positions, strict=bool(self._positions)):
+            loader.restore(position, epoch=position["epoch"])
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -80,6 +91,8 @@ class ExactResume(pl.Callback):
             "epoch": trainer.current_epoch,
             "modes": modes_of(trainer, pl_module),
         }
+        if trainer.reload_dataloaders_every_n_epochs:
+            mine["made_from"] = self._made_from
         metrics = trainer.callback_metrics.items()
         checkpoint["metrics"] = self.metrics | {name: float(value) for name, value in metrics}
         checkpoint["resume"] = [mine]
@@ -93,6 +106,9 @@ class ExactResume(pl.Callback):
         self.metrics = checkpoint.get("metrics", {})
         every_rank = checkpoint.get("resume")
         self._restored = every_rank and every_rank[trainer.global_rank]
+        if self._restored:
+            epoch = {"epoch": self._restored["epoch"]}
+            self._positions = [{**one, **epoch} for one in self._restored["positions"]]
         has_begun = bool(self._loaders)  # sharded weights are restored late
         self._restore_positions()
         self._begins_again = has_begun
@@ -107,6 +123,7 @@ class ExactResume(pl.Callback):
             set_trained(pl_module, self._restored["modes"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._has_started = True
         restored, self._restored = self._restored, None
         self._held = held_by(pl_module)
         if restored is None:
@@ -133,6 +150,7 @@ class ExactResume(pl.Callback):
                 iter(model.trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._positions = []
         self._unfinished.go_on(trainer)
         if not self._unfinished.waiting:
             switch_off(self, "on_train_batch_start")

@@ -38,6 +38,7 @@ class DataHooks:
             if owner is not None
         ]
         self._layers: list[Layer] = []
+        self._before: list[Callable[[], None]] = []
         for name in LOADERS:
             in_data = is_overridden(name, data, pl.LightningDataModule)
             if in_data or is_overridden(name, model):
@@ -51,6 +52,10 @@ class DataHooks:
     def around_training(self, change: Callable[[Any], Any]) -> None:
         """Lay a layer around the training loaders alone."""
         self._layers.append(lambda name, made: change(made) if name == LOADERS[0] else made)
+
+    def before_training(self, act: Callable[[], None]) -> None:
+        """Do something before Lightning is given the training loaders, each time."""
+        self._before.append(act)
 
     def in_place_of(self, name: str, method: Callable[..., Any]) -> None:
         """Call `method` where the model's own would be called."""
@@ -67,6 +72,8 @@ class DataHooks:
 
     def _served(self, name: str, make: Callable[[], Any]) -> Any:
         is_lightning = asked_by(call.__name__)
+        for act in self._before if is_lightning and name == LOADERS[0] else ():
+            act()
         made = make()
         for layer in self._layers if is_lightning else ():
             made = layer(name, made)

@@ -48,6 +48,7 @@ class ResumableLoader:
             does where some loader has no length.
 
     Attributes:
+        asks_ahead: as given.
         waits: whether it is not iterated before an epoch has started.
         beside: the loaders that make a step, itself among them.
     """
@@ -60,7 +61,7 @@ class ResumableLoader:
         self._num_begun = 0
         self._is_asked = False  # for an epoch that has not begun
         self._begun_ahead: Iterator[Any] | None = None
-        self._asks_ahead = asks_ahead
+        self.asks_ahead = asks_ahead
         self._fillers = fillers
         self._holds = Held(partial(holders_of, self.loader))
         self._start: dict[str, Any] = {}
@@ -114,9 +115,9 @@ class ResumableLoader:
                 one._begin()
         batches, self._begun_ahead = self._begun_ahead, None
         assert batches is not None
-        keeps_last = self._asks_ahead or not (self._finds_itself or _is_map_style(self.loader))
+        keeps_last = self.asks_ahead or not (self._finds_itself or _is_map_style(self.loader))
         while True:
-            if self._asks_ahead:
+            if self.asks_ahead:
                 self._ahead = {**self._now(), "before_next": sampling_state()}
             drawn_from = sampling_state() if keeps_last else {}
             if "first_drawn_from" not in self._start:
@@ -236,7 +237,7 @@ class ResumableLoader:
         """
         if self._restored is not None:  # no batch was asked for since
             return self._restored
-        if is_ahead and self._asks_ahead:
+        if is_ahead and self.asks_ahead:
             return {**self._ahead, "is_new_epoch": False}
         keeps_data = hasattr(getattr(self.loader, "dataset", self.loader), "state_dict")
         if mid_epoch or (self._finds_itself and keeps_data):
@@ -247,7 +248,7 @@ class ResumableLoader:
     def restore(self, position: Mapping[str, Any], *, epoch: int) -> None:
         """Go on from what `position` returned with the next batch asked for."""
         self._restored = {**position, "epoch": epoch}
-        self.waits = self._asks_ahead and position["is_new_epoch"]
+        self.waits = self.asks_ahead and position["is_new_epoch"]
         if "loader" in position:
             self.loader.load_state_dict(position["loader"])
         elif not position["is_new_epoch"]:

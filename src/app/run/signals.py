@@ -63,14 +63,16 @@ class StopsOnSignal(Listens):
         self._least_val_batches: float = math.inf
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for loaders in (trainer.train_dataloader, trainer.val_dataloaders):
-            for loader in CombinedLoader(loaders).flattened if loaders is not None else ():
-                _let_workers_end_with_parent(loader)
+        _guard_workers(trainer)
         super().on_train_start(trainer, pl_module)
         self._agreement = _Agreement() if trainer.world_size > 1 else None
         if self._agreement is None:
             switch_off(self, *ASKS)  # it costs nothing until the first signal
         asked.hold(lambda: switch_on(self, *ASKS))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.reload_dataloaders_every_n_epochs:
+            _guard_workers(trainer)
 
     def on_train_batch_end(
         self,
@@ -157,10 +159,17 @@ class _Agreement:
         return float(told)
 
 
+def _guard_workers(trainer: pl.Trainer) -> None:
+    for loaders in (trainer.train_dataloader, trainer.val_dataloaders):
+        for loader in CombinedLoader(loaders).flattened if loaders is not None else ():
+            _let_workers_end_with_parent(loader)
+
+
 def _let_workers_end_with_parent(loader: Any) -> None:
     if isinstance(loader, ResumableLoader):
         loader = loader.loader
-    if isinstance(loader, DataLoader) and loader.num_workers > 0:
+    is_guarded = isinstance(getattr(loader, "worker_init_fn", None), _EndsWithParent)
+    if isinstance(loader, DataLoader) and loader.num_workers > 0 and not is_guarded:
         loader.worker_init_fn = _EndsWithParent(loader.worker_init_fn)
 
 
