@@ -58,7 +58,7 @@ def test_tensorboard_alone_is_refused_where_it_is_missing(checked: Callable[...,
     with pytest.raises(Refused) as refusal:
         checked("logger=tensorboard")
     assert str(refusal.value) == (
-        "logger=tensorboard needs the package tensorboard, which is not installed; type pip "
+        "logger.tensorboard needs the package tensorboard, which is not installed; type pip "
         "install -e '.[tensorboard]', or use logger=csv"
     )
 

@@ -3,7 +3,7 @@
 import fcntl
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class MLFlow(Tracker, MLFlowLogger):
         experiment_name: str | None,
         run_name: str | None,
         group: str | None,
-        tags: Mapping[str, str],
+        tags: dict[str, str],
         checkpoints: bool,
     ) -> None:
         self._folder = Path(save_dir)
