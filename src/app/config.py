@@ -180,9 +180,10 @@ def with_named_logger(cfg: DictConfig) -> DictConfig:
     logger = cfg.get("logger")
     if logger is None or "_target_" not in logger or OmegaConf.is_missing(logger, "_target_"):
         return cfg
+    custom = OmegaConf.to_container(logger)
+    assert isinstance(custom, dict)
     found = copy.deepcopy(cfg)
-    csv = found.logger.pop("csv", None)
-    found.logger = {"csv": csv, "custom": found.logger}
+    found.logger = {"csv": custom.pop("csv", None), "custom": custom}
     return found
 
 
