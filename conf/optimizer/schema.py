@@ -57,8 +57,8 @@ class Rule:
     """A glob of names of parameters, or of classes of the modules that hold them, or several."""
     name: str | None = text(instead="type {key}=mine")
     """Of the group, in tables and logs; null = the glob."""
-    lr_scale: float = number(at_least=0, at_most=MANY, instead="type {key}=0.1")
-    """Times optimizer.lr, >= 0."""
+    lr_scale: float = number(above=0, at_most=MANY, instead="type lr_scale: 0.1")
+    """Times optimizer.lr, > 0."""
     optional: bool = MISSING
     """Whether it may match nothing, as a rule for many models does."""
 

@@ -144,6 +144,13 @@ def _refuse_regrouped(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         )
 
 
+def rate_of(optimizer: Optimizer) -> float | None:
+    """The rate that the first group has but for its scale; None where an optimizer, as Adafactor
+    may, has none."""
+    group = optimizer.param_groups[0]
+    return None if group.get("lr") is None else float(group["lr"]) / float(group.get(TIMES, 1.0))
+
+
 def described(optimizer: Optimizer) -> list[str]:
     """A line for each group that a rule has made: its parameters, rate and weight decay."""
     lines = []

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from app.errors import Refused
+from app.optim import rate_of
 from app.parallel.split import mean_over_ranks
 from app.record.loggers import MetricsCsv
 from app.record.names import stage_of
@@ -27,7 +28,7 @@ class StepMetrics(pl.Callback):
     """Logs, every `trainer.log_every_n_steps` optimizer steps, their mean loss and the rates.
 
     `train_loss` is the mean over the micro-batches since the last line; `lr` the first parameter
-    group's. Every callback with `step_metrics()` adds its own. At the end of an epoch its mean
+    group's, but for its `lr_scale`. Every callback with `step_metrics()` adds its own. At the end of an epoch its mean
     loss becomes the metric `train_loss`, unless the model logs one itself. Lightning's `self.log`
     in each training step costs forty times as much.
     """
@@ -122,8 +123,8 @@ class StepMetrics(pl.Callback):
             name: value for source in self._sources for name, value in source.step_metrics().items()
         }
         if trainer.optimizers:
-            rate = trainer.optimizers[0].param_groups[0].get("lr")
-            metrics |= {} if rate is None else {"lr": float(rate)}  # Adafactor's may have none
+            rate = rate_of(trainer.optimizers[0])
+            metrics |= {} if rate is None else {"lr": rate}
         if self._losses:
             total = float(mean_over_ranks(trainer, torch.stack(self._losses).sum()))
             metrics["train_loss"] = total / len(self._losses)

@@ -65,6 +65,14 @@ def number(lr: Any) -> float:
     return 0.0 if lr is None else float(lr)
 
 
+def set_rate(group: dict[str, Any], lr: float) -> None:
+    """Set the learning rate of a parameter group, which may keep it in a tensor."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
 def _scale(optimizer: Optimizer, schedules: Iterable[Any], multiplier: float) -> None:
     for group in optimizer.param_groups:
         for name in IN_GROUPS:

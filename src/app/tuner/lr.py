@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from app.config import Config
 from app.errors import Refused
-from app.throwaway.rates import number
+from app.throwaway.rates import number, set_rate
 from app.throwaway.run import Steps, end, end_before_training, fit, release_memory, throwaway
 from app.tuner.lr_rules import beta_for, diverged, sweep
 from app.tuner.search import NoEffect
@@ -200,14 +200,6 @@ def rates_of(trainer: pl.Trainer, *, from_now: bool) -> list[list[float]]:
         ]
         for one in trainer.optimizers
     ]
-
-
-def set_rate(group: dict[str, Any], lr: float) -> None:
-    """Set the learning rate of a parameter group, which may keep it in a tensor."""
-    if isinstance(group["lr"], torch.Tensor):
-        group["lr"].fill_(lr)
-    else:
-        group["lr"] = lr
 
 
 class RateBar(pl.Callback):

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from app.accumulate import EffectiveBatch
 from app.config import Config
 from app.errors import Refused
+from app.optim import rate_of
 from app.parallel.split import share_of
 from app.process.ranks import ranks
 from app.throwaway.rates import scale_rates
@@ -51,7 +52,7 @@ class LrAtMilestones(pl.Callback):
         if epoch not in self._epochs:
             return
         settings = self._settings
-        base = float(trainer.optimizers[0].param_groups[0]["lr"])
+        base = float(rate_of(trainer.optimizers[0]) or 0)
         with isolate_rng(), left_as_found(self._config.plain):
             lrs, losses, complete = range_test(
                 self._config,
