@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from app.config import DDP, LIGHTNINGS, OF_LIGHTNING, SINGLE, refuse_values
+from app.config import DDP, LIGHTNINGS, OF_LIGHTNING, SINGLE
 from app.parallel.sizes import accumulation_factor, data_parallel_size
 
 from .optimizer.schema import Theirs as Optimizer
 from .optimizer.schema import check_groups
-from .rules import require_package
+from .rules import RULE, require_package
 from .scheduler.schema import Theirs as Schedule
 
 if TYPE_CHECKING:
@@ -45,9 +45,12 @@ def check_combinations(run: "Train") -> None:
 def _refuse_theirs(key: str, group: dict[str, Any], shape: type) -> None:
     """Refuse what the run reads of a group of any class, where its schema does not allow it."""
     node = OmegaConf.create({key: OmegaConf.structured(shape)})
-    for name in (field.name for field in fields(shape) if field.name in group):
-        node[key][name] = group[name]
-    refuse_values(node)
+    for field in (field for field in fields(shape) if field.name in group):
+        node[key][field.name] = group[field.name]
+        rule = field.metadata.get(RULE)
+        refusal = rule and rule.refusal(f"{key}.{field.name}", group[field.name])
+        if refusal:
+            raise ValueError(refusal)
 
 
 class Group:
@@ -91,7 +94,8 @@ class Seen:
     def late_milestones(self) -> list[int]:
         """Epochs of a scheduler that the run does not reach."""
         end = math.inf if self.is_debug else self.trainer.max_epochs or math.inf
-        return [epoch for epoch in self.scheduler.milestones or () if epoch >= end]
+        is_ours = self.scheduler._target_ == "app.optim.Steps"
+        return [epoch for epoch in self.scheduler.milestones if epoch >= end] if is_ours else []
 
     @property
     def half_of_epochs(self) -> int:
@@ -181,7 +185,7 @@ class Seen:
         for key, group in (
             ("callbacks.checkpoint", Group(self.callbacks.checkpoint)),
             ("callbacks.early_stopping", Group(self.callbacks.early_stopping)),
-            ("scheduler", self.scheduler),
+            ("scheduler", self.scheduler if is_dataclass(self.run.scheduler) else Group(None)),
         ):
             if group.monitor is not None and group.mode is None:
                 return f"{key}.mode", "min or max", f"{key}.monitor", group.monitor, "max"

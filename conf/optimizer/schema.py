@@ -20,7 +20,7 @@ names.
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import MISSING
 
@@ -181,7 +181,7 @@ def _check_setting(key: str, name: str, value: Any, optimizer: Any) -> None:
     require(
         name != "lr",
         f"{key}.lr must be a share of optimizer.lr, which is tuned and scheduled, got {value}; "
-        f"type lr_scale: 0.1 for a tenth of it",
+        "type lr_scale: 0.1 for a tenth of it",
     )
     known = {field.name: field for field in fields(Rule)}
     if is_dataclass(optimizer):
@@ -193,13 +193,11 @@ def _check_setting(key: str, name: str, value: Any, optimizer: Any) -> None:
         require(name in known, f"{key}.{name} is not a key of a rule; {hint}")
     elif name not in known:
         return  # known when the optimizer is made
-    kinds = {"lr_scale": float, "optional": bool, "weight_decay": float, "momentum": float}
-    kind = kinds.get(name, object)
-    is_kind = isinstance(value, kind) or (kind is float and type(value) is int)
-    require(is_kind, f"{key}.{name} must be a {kind.__name__}, got {value}; leave it out")
-    refusal = (
-        known[name].metadata[RULE].refusal(f"{key}.{name}", value)
-        if (RULE in known[name].metadata)
-        else None
-    )
-    require(refusal is None, str(refusal))
+    hint = (get_type_hints(Rule) | get_type_hints(type(optimizer))).get(name)
+    if hint in (bool, bool | None):
+        require(isinstance(value, bool), f"{key}.{name} must be true or false, got {value}")
+    if hint in (float, float | None):
+        require(type(value) in (int, float), f"{key}.{name} must be a number, got {value}")
+    rule = known[name].metadata.get(RULE)
+    refusal = rule and rule.refusal(f"{key}.{name}", value)
+    require(not refusal, str(refusal))

@@ -118,10 +118,21 @@ class Grouping:
                 if group.get("lr") is None:
                     raise Refused(
                         f"optimizer.groups cannot scale the rate of {kind}, which has none; type "
-                        "+optimizer.lr=0.001, or leave lr_scale and layer_decay out"
+                        "optimizer.lr=0.001, or leave lr_scale and layer_decay out"
                     )
                 group["lr"] = group["lr"] * group[TIMES]
         optimizer.register_load_state_dict_pre_hook(_refuse_regrouped)
+
+    def refuse_levelled(self, optimizer: Optimizer, schedule: Any) -> None:
+        """Raise Refused where a schedule has given groups of other scales one rate."""
+        scales = {group[TIMES] for group in optimizer.param_groups}
+        rates = {float(group["lr"]) for group in optimizer.param_groups if group["lr"] is not None}
+        if len(scales) > 1 and len(rates) == 1 and rates != {0.0}:
+            raise Refused(
+                f"scheduler: {type(schedule['scheduler']).__name__} gives all groups the rate "
+                f"{rates.pop():g}, so that their scales have no effect; give it one for each, as "
+                "'+scheduler.max_lr=[0.1,0.05]', or use scheduler=onecycle"
+            )
 
 
 def _refuse_regrouped(optimizer: Optimizer, state: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from app.config import Config
 from app.errors import Refused
 from app.optim.groups import Grouping
 from app.optim.schedules import MakeSchedule
-from app.process.targets import BESIDE, located, makes_itself
+from app.process.targets import BESIDE, given_by_run, located, makes_itself
 
 MakeOptimizer = Callable[[Any], Optimizer]
 """Takes parameters, or groups of them."""
@@ -32,9 +32,11 @@ def optimizer_of(
     if settings.get("lr", 0) is None:
         del settings["lr"]
     found = located("optimizer", config["_target_"])
-    made = make(settings if makes_itself(found, config) else {**settings, "_partial_": True})
-    rules = config.get("groups") or ()
-    return made, Grouping(rules=rules, layer_decay=config.get("layer_decay"))
+    grouping = Grouping(rules=config.get("groups") or (), layer_decay=config.get("layer_decay"))
+    if makes_itself(found, config):
+        return make(settings), grouping
+    theirs, name = make({**settings, "_partial_": True}), given_by_run("optimizer", found)
+    return lambda params: theirs(**{name: params}) if name else theirs(params), grouping
 
 
 def with_rate(config: Config) -> Config:
@@ -68,7 +70,10 @@ def configure_optimizers(
         grouping.settle(optimizer, groups)
     if make_schedule is None:
         return {"optimizer": optimizer}
-    return {"optimizer": optimizer, "lr_scheduler": make_schedule(optimizer, model.trainer)}
+    schedule = make_schedule(optimizer, model.trainer)
+    if grouping:
+        grouping.refuse_levelled(optimizer, schedule)
+    return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
 class AdamW8bit:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +12,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from app.errors import Refused
 from app.monitored import mode_of
-from app.process.targets import BESIDE, located, makes_itself
+from app.process.targets import BESIDE, given_by_run, located, makes_itself
 
 MakeSchedule = Callable[[Optimizer, pl.Trainer], LRSchedulerConfigType]
 
@@ -162,19 +163,22 @@ def schedule_of(config: Mapping[str, Any], make: Callable[[Any], Any]) -> MakeSc
         make: instantiates what a mapping names.
     """
     found = located("scheduler", config["_target_"])
+    theirs = set(BESIDE["scheduler"]) - set(signature(found).parameters)
+    settings = {key: value for key, value in config.items() if key not in theirs}
     if makes_itself(found, config):
-        ours = make(config)
+        ours = make(settings)
         return lambda optimizer, trainer: ours(optimizer, total_steps(trainer))
-    settings = {key: value for key, value in config.items() if key not in BESIDE["scheduler"]}
     when = {"interval": config.get("interval", "epoch"), "frequency": config.get("frequency", 1)}
     if isinstance(found, type) and issubclass(found, lr_scheduler.ReduceLROnPlateau):
         when["monitor"] = config.get("monitor")
         settings.setdefault("mode", _mode(config))
+    name = given_by_run("scheduler", found)
 
     def schedule(optimizer: Optimizer, trainer: pl.Trainer) -> LRSchedulerConfigType:
         ready = make({**with_lengths(settings, trainer), "_partial_": True})
-        parts = {name: _parts(value, optimizer) for name, value in ready.keywords.items()}
-        made: Any = {"scheduler": ready.func(optimizer, *ready.args, **parts), **when}
+        given = {key: _parts(value, optimizer) for key, value in ready.keywords.items()}
+        given |= {name: optimizer} if name else {}
+        made: Any = {"scheduler": ready.func(*ready.args, **given), **when}
         return made  # type: ignore[no-any-return]
 
     return schedule

@@ -116,12 +116,20 @@ HYDRAS = {"_args_": list, "_partial_": bool, "_recursive_": bool, "_convert_": s
 """Keys beside `_target_` that Hydra reads, and what they hold."""
 
 
+NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 BESIDE = {
     "optimizer": ("groups", "layer_decay"),
     "scheduler": ("interval", "frequency", "monitor"),
 }
-"""Groups whose class is given one more argument by the run, its first, and keys of them that are
-the run's, where the class does not take them."""
+"""Groups whose class is given one more argument by the run, and keys of them that are the run's,
+where the class does not take them."""
+
+
+def given_by_run(key: str, found: Callable[..., Any]) -> str | None:
+    """The argument that the run gives: `params` or `optimizer`, else the first that has a name."""
+    names = [name for name, p in inspect.signature(found).parameters.items() if p.kind in NAMED]
+    usual = "optimizer" if key == "scheduler" else "params"
+    return usual if usual in names else next(iter(names), None)
 
 
 def makes_itself(found: Callable[..., Any], node: Mapping[str, Any]) -> bool:
@@ -144,18 +152,17 @@ def _refuse_arguments(key: str, node: Mapping[str, Any], found: Callable[..., An
         not_given.add("lr")
     given = {str(name): value for name, value in node.items() if name not in not_given}
     takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values())
-    named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    known = [name for name, p in parameters.items() if p.kind in named]
+    known = [name for name, p in parameters.items() if p.kind in NAMED]
     for name in given:
         if name not in known and not takes_any:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {key}.{near[0]}?" if near else f"it takes {_list(known)}"
             raise Refused(f"{key}.{name} is not an argument of {node['_target_']}; {hint}")
     is_given_one = key in BESIDE and not makes_itself(found, node)
-    if is_given_one and known:
-        if known[0] in given:
-            raise Refused(f"{key}.{known[0]} is given by the run; leave it out")
-        known = known[1:]
+    of_the_run = given_by_run(key, found) if is_given_one else None
+    if of_the_run in given:
+        raise Refused(f"{key}.{of_the_run} is given by the run; leave it out")
+    known = [name for name in known if name != of_the_run]
     is_partial = node.get("_partial_") or is_given_one
     bind = signature.bind_partial if is_partial else signature.bind
     for name in known:

@@ -28,9 +28,9 @@ class StepMetrics(pl.Callback):
     """Logs, every `trainer.log_every_n_steps` optimizer steps, their mean loss and the rates.
 
     `train_loss` is the mean over the micro-batches since the last line; `lr` the first parameter
-    group's, but for its `lr_scale`. Every callback with `step_metrics()` adds its own. At the end of an epoch its mean
-    loss becomes the metric `train_loss`, unless the model logs one itself. Lightning's `self.log`
-    in each training step costs forty times as much.
+    group's, but for its `lr_scale`. Every callback with `step_metrics()` adds its own. At the end
+    of an epoch its mean loss becomes the metric `train_loss`, unless the model logs one itself.
+    Lightning's `self.log` in each training step costs forty times as much.
     """
 
     def __init__(self) -> None:
