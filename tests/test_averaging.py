@@ -127,7 +127,7 @@ def composed(*overrides: str) -> Any:
 
 
 FOLDER = Path(conf.__file__).parent / "averaging"
-PRESETS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "none")
+PRESETS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in ("none", "custom"))
 SHORT = {"ema": {"decay": 0.5}, "swa": {"lr_factor": None, "anneal_epochs": 1}}
 """What a preset takes to act in a run of sixteen steps, and to leave the raw weights alone."""
 

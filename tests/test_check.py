@@ -19,7 +19,9 @@ AVERAGES = "|".join(
 KEYS = {
     ("clip.maxnorm=1",): "clip.maxnorm is not a key; did you mean clip.max_norm?",
     ("clipp=norm",): "clipp is not a key; did you mean clip?",
-    ("clip=nrm",): "clip=nrm is not a preset; choose one of adaptive, none, norm, percentile, "
+    (
+        "clip=nrm",
+    ): "clip=nrm is not a preset; choose one of adaptive, custom, none, norm, percentile, "
     "value; did you mean clip=norm?",
     ("clip.max_norm=much",): "clip.max_norm: value 'much' of type 'str' could not be converted to "
     "Float",

@@ -10,14 +10,19 @@ window by the full factor and knows schedules by epoch only.
 | constant  | the same throughout                                               |
 | schedule  | changes at given epochs or optimizer steps (arXiv 1711.00489)     |
 | effective | solved from the batch size asked for, the micro-batch and the ranks |
+| custom    | what a class of yours says                                        |
 
 With `accumulate.weight_by` micro-batches are weighted by a count that the batch carries, such as
 the number of tokens, so that the step equals the large batch's also where losses are means over a
 varying count.
+
+A factor of your own: a class derived from `app.accumulate.Accumulation` with one property,
+`schedules`, chosen by `accumulate=custom accumulate._target_=theirs.MyAccumulation`.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar
 
 from omegaconf import MISSING
 
@@ -90,8 +95,20 @@ class EffectiveBatch:
         )
 
 
+@dataclass(kw_only=True)
+class Custom:
+    """A factor of your own, with what its class takes."""
+
+    _takes_settings_: ClassVar[bool] = True
+
+    _target_: str = MISSING
+    weight_by: str | None = text(instead="for plain means type {key}=null")
+    """Key or attribute of the batch with its count; not given to a class that does not take it."""
+
+
 PRESETS = {
     "constant": ConstantAccumulation,
     "schedule": ScheduledAccumulation,
     "effective": EffectiveBatch,
+    "custom": Custom,
 }

@@ -12,16 +12,18 @@ up. Lightning's own averages lose the start, the end, or the test.
 | ema     | exponential: recent weights count most                     | Polyak, Juditsky; timm  |
 | swa     | equal weights: the ends of the last epochs, at half the rate | arXiv 1803.05407      |
 | uniform | equal weights: every step (or epoch) from a start on       | Polyak, Juditsky 1992   |
+| custom  | what a class of yours says                                 |                         |
 
 A buffer that a validation changes (a threshold, a best score) is no weight: it is averaged no
-more. Write `averaging.NAME=null` to take a bound away. A rule of your own: subclass one of these in
-`app.averaging`, override `should_update`, `weight` or `update`, and name the class in
-`averaging._target_`. What all presets have in common stands in `parts/common.yaml`.
+more. Write `averaging.NAME=null` to take a bound away. A rule of your own: a class derived from
+`app.averaging.Averaging` with `weight` or `update`, and `should_update` where it is not to follow
+`start_step` and `every_n_steps`, chosen by `averaging=custom averaging._target_=theirs.MyAverage`.
+What all presets have in common stands in `parts/common.yaml`.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -161,6 +163,16 @@ class Swa(Averaging):
         )
 
 
+@dataclass(kw_only=True)
+class Custom(Averaging):
+    """An average of your own, with what its class takes; of these, what it does not take is not
+    given."""
+
+    _takes_settings_: ClassVar[bool] = True
+
+    _target_: str = MISSING
+
+
 def _require_one_start(key: str, start: float | None, start_step: int | None) -> None:
     require(
         start is None or start_step is None,
@@ -169,4 +181,4 @@ def _require_one_start(key: str, start: float | None, start_step: int | None) ->
     )
 
 
-PRESETS = {"ema": Ema, "swa": Swa, "uniform": Uniform}
+PRESETS = {"ema": Ema, "swa": Swa, "uniform": Uniform, "custom": Custom}

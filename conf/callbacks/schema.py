@@ -5,8 +5,10 @@
 | default        | checkpoints and progress                          |
 | early_stopping | those, and an end when validation improves no more |
 | summary        | those of default, and the model's layers at the start |
+| custom         | the default ones, and one of yours                |
 
-Add one with +callbacks.mine._target_=theirs.Callback, or in `configure_callbacks` of a model; one
+Add one with callbacks=custom callbacks.custom._target_=theirs.Callback, more with
++callbacks.mine._target_=theirs.Callback, or in `configure_callbacks` of a model; one
 derived from a class here takes its place there. Lightning's own techniques, such as
 EMAWeightAveraging, are refused: ours would know nothing of them.
 """
@@ -136,4 +138,17 @@ class WithSummary(Callbacks):
     summary: Summary | None = None
 
 
-PRESETS = {"default": Callbacks, "early_stopping": Callbacks, "summary": WithSummary}
+@dataclass(kw_only=True)
+class WithOne(Callbacks):
+    """Callbacks by name, of which one has to be named by its class."""
+
+    custom: Any = MISSING
+    """Any callback: `callbacks.custom._target_=theirs.Callback`, and what it takes."""
+
+
+PRESETS = {
+    "default": Callbacks,
+    "early_stopping": Callbacks,
+    "summary": WithSummary,
+    "custom": WithOne,
+}

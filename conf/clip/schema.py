@@ -10,6 +10,7 @@ recurrent and transformer models, reinforcement learning.
 | value      | each element by itself, changing the direction    | few huge elements | torch      |
 | adaptive   | each output unit's norm, relative to its weights' | no batch norm     | 2102.06171 |
 | percentile | the norm, by a percentile of the norms so far     | scale unknown     | 2007.14469 |
+| custom     | what a class of yours says, such as single layers | none of these     |            |
 
 A number is an arXiv id. A step whose norm is NaN or Inf is `clip.nonfinite`'s business: a skipped
 step changes no weight and no optimizer state. In 16-mixed precision the gradient scaler skips such
@@ -17,12 +18,14 @@ steps, whatever is set. Every rule reports `grad_norm` (before clipping), `clipp
 `skipped_steps`. A model that overrides `configure_gradient_clipping` keeps its say: norm (with
 norm_type=2) and value hand it their number and leave the clipping to it, the others clip first.
 
-A rule of your own: a class with one method, `measure` of `app.clip.Clip`, and a YAML that names it.
+A rule of your own: a class derived from `app.clip.Clip` with one method, `measure`, chosen by
+`clip=custom clip._target_=theirs.MyClip`; what it takes is typed as `+clip.bound=0.1`.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
 from math import inf
+from typing import ClassVar
 
 from omegaconf import MISSING
 
@@ -93,9 +96,22 @@ class PercentileClip:
     """skip the step, stop with an error, or zero the non-finite elements and clip the rest."""
 
 
+@dataclass(kw_only=True)
+class Custom:
+    """A rule of your own, with what it takes."""
+
+    _takes_settings_: ClassVar[bool] = True
+
+    _target_: str = MISSING
+    nonfinite: NonFinite = MISSING
+    """skip the step, stop with an error, or zero the non-finite elements and clip the rest; not
+    given to a class that does not take it."""
+
+
 PRESETS = {
     "norm": NormClip,
     "value": ValueClip,
     "adaptive": AdaptiveClip,
     "percentile": PercentileClip,
+    "custom": Custom,
 }

@@ -394,7 +394,7 @@ def help_text(config_name: str, description: str) -> str:
     lines = [description or "", "", f"usage: {command} [group=preset ...] [key=value ...]"]
     if config_name in ("train", "tune", "check"):
         lines += ["", "groups (group=preset; what it is):"]
-        for group, (presets, summary) in groups(project_conf()).items():
+        for group, (presets, summary) in groups(projectconf_folder()).items():
             lines += [f"  {group}={'|'.join(presets)}", f"      {summary}"]
     lines += [
         "",
@@ -407,12 +407,13 @@ def help_text(config_name: str, description: str) -> str:
 
 def shipped_targets() -> set[str]:
     """The classes that presets and schemas name: their settings are known without an import."""
-    files = (path for kind in ("yaml", "py") for path in _conf().glob(f"*/*.{kind}"))
+    files = (path for kind in ("yaml", "py") for path in conf_folder().glob(f"*/*.{kind}"))
     text = "".join(path.read_text() for path in files)
     return set(re.findall(r"_target_:(?: str =)? \"?([\w.]+)", text))
 
 
-def _conf() -> Path:
+def conf_folder() -> Path:
+    """Where the presets are."""
     spec = find_spec("app.conf")
     assert spec is not None
     return Path(str(spec.origin)).parent
@@ -420,10 +421,10 @@ def _conf() -> Path:
 
 def project_files() -> Path:
     """The folder of what `python -m app.new` makes."""
-    return _conf().with_name("project")
+    return conf_folder().with_name("project")
 
 
-def project_conf() -> Path | None:
+def projectconf_folder() -> Path | None:
     """The presets of the project in the working directory, that its pyproject.toml names.
 
     Raises Refused where what it names is no folder, or the file cannot be read.
@@ -452,7 +453,7 @@ def groups(theirs: Path | None = None) -> dict[str, tuple[list[str], str]]:
     With the presets of a folder of the user's beside ours, where one is given.
     """
     found = {}
-    for folder in sorted(_conf().iterdir()):
+    for folder in sorted(conf_folder().iterdir()):
         places = [folder] if theirs is None else [folder, theirs / folder.name]
         presets = sorted({path.stem for place in places for path in place.glob("*.yaml")})
         if presets:

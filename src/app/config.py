@@ -255,7 +255,7 @@ def _refuse_unread(cfg: DictConfig) -> None:
     """Raise Refused where a key was added, with `+`, that nothing reads."""
     for path, node in _nodes(cfg, ""):
         shape = OmegaConf.get_type(node)
-        if not is_dataclass(shape):
+        if not is_dataclass(shape) or getattr(shape, "_takes_settings_", False):
             continue
         known = [field.name for field in fields(shape)]
         for name in (str(name) for name in node if name not in known):
@@ -305,7 +305,7 @@ def refuse_values(cfg: DictConfig) -> None:
                 )
         for field in fields(shape) if is_dataclass(shape) else ():
             key = f"{path}{field.name}"
-            if field.name not in node:
+            if field.name not in list(node):
                 raise Refused(f"{key} is read, and ~{key} takes it away; type {key}=VALUE instead")
             if not OmegaConf.is_missing(node, field.name):
                 _refuse_value(key, field, node)

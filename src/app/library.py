@@ -1,4 +1,4 @@
-"""The techniques and runs from Python, of the same presets: what `app.callbacks` and `app.run` do."""
+"""Techniques and runs from Python, of the same presets: what `app.callbacks` and `app.run` do."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +43,6 @@ def callbacks(*overrides: str, config_dir: str | Path | None = None) -> "list[Ca
     with _in_a_line():
         config = check(_composed([*ANYBODYS, *overrides], config_dir))
         from app.clip import Clip  # not `importing`: the program's own log stays as it is
-        from app.process.targets import refuse_targets
         from app.run.build import build_callbacks, build_techniques
         from app.run.guest import Guest
         from app.run.raw import ClipsRaw
@@ -53,7 +52,6 @@ def callbacks(*overrides: str, config_dir: str | Path | None = None) -> "list[Ca
             for name, one in (config.plain["callbacks"] or {}).items()
             if name not in OF_A_TRAINER
         }
-        refuse_targets({group: config.plain[group] for group in AS_CALLBACKS})
         techniques = build_techniques(config)
         raw = [ClipsRaw(one) for one in techniques if isinstance(one, Clip)]
         return [*techniques, *raw, Guest(), *build_callbacks(chosen)]
@@ -162,9 +160,13 @@ def _chosen(group: str, given: Any, overrides: Sequence[str]) -> list[str]:
         words += [f"{group}._target_={named}"]
     else:
         words += [f"{group}._target_={__name__}.an_object", f"+{group}.of='{named}'"]
-    if group == "model" and kind.configure_optimizers is not base.configure_optimizers:
+    if group == "model" and _has_own(kind, base, "configure_optimizers"):
         words.append("optimizer=none")
     return words
+
+
+def _has_own(kind: Any, base: Any, name: str) -> bool:
+    return getattr(kind, name) is not getattr(base, name)
 
 
 def _refuse_beside_objects(cfg: DictConfig, objects: dict[str, Any]) -> None:

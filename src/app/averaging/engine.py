@@ -44,8 +44,8 @@ class Averaging(pl.Callback):
     `weight` or, where the average is no step towards the present weights, `update`. As it stands it
     is the mean over all updates. The state belongs to one fit.
 
-    Any Trainer of Lightning will do, but where a checkpoint is of weights only, of which no callback
-    is told: that needs an `AveragingTrainer`.
+    Any Trainer of Lightning will do, but where a checkpoint is of weights only, of which no
+    callback is told: that needs an `AveragingTrainer`.
 
     Args:
         start_step: optimizer steps trained before averaging may begin, >= 0; None: no bound.

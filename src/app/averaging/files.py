@@ -61,8 +61,8 @@ def refuse_weights_only(trainer: pl.Trainer) -> None:
         if getattr(callback, "save_weights_only", False):
             raise Refused(
                 f"averaging cannot act with {type(callback).__name__}(save_weights_only=True) in a "
-                f"{type(trainer).__name__}, which would save the raw weights; leave it out, or make "
-                "the trainer an app.averaging.AveragingTrainer"
+                f"{type(trainer).__name__}, which would save the raw weights; leave it out, or "
+                "make the trainer an app.averaging.AveragingTrainer"
             )
 
 

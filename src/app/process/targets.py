@@ -180,6 +180,20 @@ def _refuse_arguments(key: str, node: Mapping[str, Any], found: Callable[..., An
         raise Refused(f"{key}: {error}, of {node['_target_']}; mend {key}._args_") from None
 
 
+def taken(key: str, node: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given to the class of a node: not what it does not take of `common`, unless typed."""
+    try:
+        parameters = inspect.signature(located(key, node["_target_"])).parameters
+    except (TypeError, ValueError):  # of a class written in C
+        return dict(node)
+    if any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
+        return dict(node)
+    left_out = {
+        name for name in common.keys() - parameters.keys() if node.get(name) == common[name]
+    }
+    return {name: value for name, value in node.items() if name not in left_out}
+
+
 def _list(names: list[str]) -> str:
     return ", ".join(names[:10]) + (", ..." if names[10:] else "") if names else "no arguments"
 

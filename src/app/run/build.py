@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from app.accumulate import Accumulation
 from app.begin.weights import InitialWeights, initial_weights
+from app.cli import conf_folder
 from app.clip import Clip
 from app.config import Config, is_single
 from app.errors import Refused
@@ -24,7 +25,8 @@ from app.optim import Schedules, configure_optimizers, optimizer_of, schedule_of
 from app.parallel.data_parallel import DataParallel
 from app.parallel.sharded import Sharded
 from app.parallel.split import each, in_order
-from app.process.targets import refuse_targets
+from app.process.files import read_yaml
+from app.process.targets import refuse_targets, taken
 from app.record.loggers import MetricsCsv, NoLogger
 from app.record.metrics import AwaitedMetrics, StepMetrics, awaited_metrics
 from app.resume.exact import ExactResume
@@ -116,7 +118,7 @@ def build(
         Refused: where `model` or `data` is not a LightningModule or LightningDataModule.
         ValueError: where an `optimizer=` is chosen for a model that steps its own optimizers.
     """
-    refuse_targets(config.plain)
+    refuse_targets(config.plain | _settings(config))
     model, data, hooks = _make_model_and_data(config)
     if config.optimizer is not None:
         _replace_optimizers(model, hooks, config.plain)
@@ -186,8 +188,36 @@ def build(
 
 
 def build_techniques(config: Config) -> list[pl.Callback]:
-    """The techniques that act on a step, in their order."""
-    return [_make(config.plain[group]) for group in TECHNIQUES if config.plain[group] is not None]
+    """The techniques that act on a step, in their order.
+
+    Raises Refused where one is no callback.
+    """
+    found = []
+    for group, chosen in _settings(config).items():
+        refuse_targets({group: chosen})
+        one = _make(chosen)
+        one = one() if isinstance(one, partial) else one
+        if not isinstance(one, pl.Callback):
+            raise Refused(
+                f"{group}._target_ must make a Callback, got {chosen['_target_']}, which makes a "
+                f"{type(one).__name__}; type {group}._target_=package.Class"
+            )
+        found.append(one)
+    return found
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What the techniques are made of, by group; to a class of the user's is given, of what all
+    presets of the group have in common, what it takes."""
+    found = {}
+    for group in TECHNIQUES:
+        chosen = config.plain[group]
+        if chosen is not None and not chosen["_target_"].startswith("app."):
+            common = read_yaml(conf_folder() / group / "parts" / "common.yaml")
+            chosen = taken(group, chosen, common or {})
+        if chosen is not None:
+            found[group] = chosen
+    return found
 
 
 def holds_whole_model(config: Config) -> bool:
