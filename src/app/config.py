@@ -6,7 +6,6 @@ import json
 import math
 import pickle
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -74,20 +73,30 @@ class Config(Typed):
     def __init__(self, *, composed: DictConfig, typed: Any, plain: dict[str, Any]) -> None:
         self.composed = composed
         self.plain = plain
-        self.objects: dict[str, Any] = {}
+        self._objects: dict[str, Any] | bytes = {}
         self._typed = typed
+
+    @property
+    def objects(self) -> dict[str, Any]:
+        """See above. Raises Refused where this process cannot have one."""
+        if isinstance(self._objects, bytes):
+            try:
+                self._objects = dict(pickle.loads(self._objects))
+            except Exception as error:  # of a class of the user's: anything
+                raise Refused(only_there(error)) from error
+        return self._objects
 
     def holding(self, objects: Mapping[str, Any]) -> "Config":
         """This, with objects that a program has made itself."""
-        self.objects = dict(objects)
+        self._objects = dict(objects)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """With copies of the objects: tensors in the arguments of a process would be shared."""
-        return {**vars(self), "objects": packed(self.objects)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, objects=pickle.loads(state["objects"]))
+        try:
+            return {**vars(self), "_objects": pickle.dumps(self.objects)}
+        except Exception as error:
+            raise Refused(only_there(error)) from error
 
     if not TYPE_CHECKING:
 
@@ -130,25 +139,13 @@ class Config(Typed):
         return but.holding(self.objects)
 
 
-def packed(objects: Mapping[str, Any]) -> bytes:
-    """Objects on their way into other processes. Raises Refused where one cannot go there."""
-    for group, given in objects.items():
-        kind = type(given)
-        is_here_only = kind.__module__ == "__main__" and not hasattr(
-            sys.modules["__main__"], "__file__"
-        )
-        try:
-            pickle.dumps(given)
-            why = "is of a class that this program alone has" if is_here_only else None
-        except Exception as error:  # of a class of the user's: anything
-            why = f"cannot be pickled ({type(error).__name__}: {' '.join(str(error).split())})"
-        if why is not None:
-            raise Refused(
-                f"{group} must be an object that other processes can have, got a {kind.__name__}, "
-                f"which {why}; put its class into a file and type {group}=custom "
-                f"{group}._target_=module.{kind.__name__}, or strategy=single trainer.devices=1"
-            )
-    return pickle.dumps(dict(objects))
+def only_there(error: Exception) -> str:
+    """What to say of an object that does not come through to the other processes of its run."""
+    return (
+        "model and data must be objects that other processes can have too, got one that cannot be "
+        f"pickled ({type(error).__name__}: {' '.join(str(error).split())}); put its class into a "
+        "file, and give that class, or an object of it; or type strategy=single trainer.devices=1"
+    )
 
 
 def check(cfg: DictConfig) -> Config:

@@ -169,21 +169,25 @@ def _has_own(kind: Any, base: Any, name: str) -> bool:
     return getattr(kind, name) is not getattr(base, name)
 
 
-def _refuse_beside_objects(cfg: DictConfig, objects: dict[str, Any]) -> None:
-    """Raise Refused where a group makes model or data anew, from their class."""
-    what = " and ".join(objects)
-    for key, is_on, off in (
-        ("sharing", cfg.sharing is not None and "data" in objects, "sharing=none"),
-        ("tuner.milestones", cfg.tuner is not None and cfg.tuner.milestones, "tuner=none"),
+def _refuse_beside_objects(cfg: DictConfig, objects: Mapping[str, Any]) -> None:
+    """Raise Refused where something makes model or data anew, with other values."""
+    tuner, classes = cfg.tuner, {group: type(one).__name__ for group, one in objects.items()}
+    for key, is_on in (
+        ("sharing", cfg.sharing is not None and "data" in objects),
+        ("tuner.batch_size", tuner is not None and tuner.batch_size is not None),
+        ("tuner.lr", tuner is not None and tuner.lr is not None and cfg.optimizer is None),
+        ("tuner.milestones", tuner is not None and tuner.milestones),
     ):
         if is_on:
             raise Refused(
-                f"{key} makes {what} anew from a class, and was given an object; give the class, "
-                f"{', '.join(f'{group}={type(one).__name__}' for group, one in objects.items())}, "
-                f"or type {off}"
+                f"{key} makes {' and '.join(objects)} anew, with other values, and was given an "
+                "object; give the class and what it takes: "
+                + ", ".join(
+                    f"{group}={name}, '+{group}.KEY=VALUE'" for group, name in classes.items()
+                )
             )
-    if cfg.tuner is not None:
-        cfg.tuner.cache = None  # nothing tells one object from another
+    if tuner is not None:
+        tuner.cache = None  # nothing tells one object from another
 
 
 def _deliver(
