@@ -56,8 +56,10 @@ class Train:
     init_only: Any = None
     """A pattern of names, such as encoder.*, or a list of them: what matches is taken as far as it
     fits; null = all, which have to fit exactly."""
-    init_rename: dict[str, str] | None = None
+    init_rename: Any = None
     """Names of modules in the file, each with that of the same in the model."""
+    link: Any = None
+    """Keys, each with the attribute of the data, once these are set up, that it gets."""
     objective: str | None = text(instead="type {key}=val_loss, or {key}=null")
     """A metric of result.json that the command returns to a sweeper, such as val_loss."""
     direction: Direction | None = None
@@ -95,15 +97,25 @@ class Train:
             f"fit must be true with objective={self.objective}, got {self.fit}; type "
             "objective=null",
         )
-        _check_init(self)
+        _check_begin(self)
         check_combinations(self)
 
 
-def _check_init(run: Train) -> None:
+def _check_begin(run: Train) -> None:
     for key in ("init_weights", "init_only", "init_rename"):
         require(
             run.init_from is not None or getattr(run, key) is None,
             f"{key} has no effect without weights to begin from; type init_from=runs/NAME as well",
+        )
+    for key, instead in (
+        ("init_rename", "{backbone: encoder}"),
+        ("link", "{model.num_classes: num_classes}"),
+    ):
+        value = getattr(run, key)
+        require(
+            value is None
+            or (isinstance(value, dict) and all(isinstance(one, str) for one in value.values())),
+            f"{key} must be a mapping of names, got {value}; type '{key}={instead}'",
         )
     only = run.init_only
     patterns = only if isinstance(only, list) else [only]

@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from app import cli
+from app.begin.links import are_typed, links_of
 from app.begin.source import source_of
 from app.config import changed_by_debug, check, describe
 from app.fit import built
@@ -21,12 +22,17 @@ def main(cfg: DictConfig) -> None:
 
     Builds what is not ours: only a model knows whether it steps its own optimizers.
     """
+    links = links_of(cfg)
+    for key, source in links.items():
+        print(f"{key} is the data's {source}, known when they are set up: not checked")
+    if are_typed(cfg, links):
+        return
     config = check(cfg)
     if config.tuned is not None:
         config = config.changed(read_tuned(Path(config.tuned)))
     if config.init_from is not None:
         source_of(config.init_from)
-    if named_in(config.plain) - cli.shipped_targets():
+    if not links and named_in(config.plain) - cli.shipped_targets():
         built(config, [])
     for line in changed_by_debug(cfg):
         print(line)

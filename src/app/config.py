@@ -418,11 +418,14 @@ def _shown(value: Any) -> str:
     )
 
 
+UNSHOWN = ("logger", "callbacks", "trainer", "tuner", "link", "init_rename")
+
+
 def describe(config: dict[str, Any]) -> list[tuple[str, str]]:
     """A row per group that is on: its name, and its class with its settings."""
     rows = []
     for group, chosen in config.items():
-        if not isinstance(chosen, dict) or group in ("logger", "callbacks", "trainer", "tuner"):
+        if not isinstance(chosen, dict) or group in UNSHOWN:
             continue
         settings = {
             key: value

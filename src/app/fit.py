@@ -6,8 +6,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from app.begin.links import are_typed, known_by, links_of, rows
 from app.begin.source import source_of
 from app.config import (
     Config,
@@ -17,6 +18,7 @@ from app.config import (
     is_slurm,
     max_requeues,
     what_decides,
+    with_overrides,
 )
 from app.errors import Refused
 from app.launch.start import placed, run_ranks
@@ -27,7 +29,7 @@ from app.process.requeue import heeding
 from app.record.folder import RunFolder, refuse_unwritable
 from app.record.states import State
 from app.tuner.answers import recalled
-from app.tuner.keys import startable
+from app.tuner.keys import startable, value_at
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -82,6 +84,7 @@ def run(
 
 def _run(cfg: DictConfig, typed: list[str], objects: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
+        cfg = linked(cfg)
         config = check(startable(cfg)).holding(objects)
         if config.launch is not None and not is_slurm(config.launch):
             raise Refused(
@@ -112,6 +115,36 @@ def _run(cfg: DictConfig, typed: list[str], objects: Mapping[str, Any]) -> dict[
             return work(config, found["tuned"], typed)
         result: dict[str, Any] | None = run_ranks(work, config, found["tuned"], typed)
         return result
+
+
+def linked(cfg: DictConfig) -> DictConfig:
+    """The configuration with what the data tell it, which the first process asks them.
+
+    A run that is continued keeps what it has been told.
+    """
+    links = links_of(cfg)
+    if not links:
+        return cfg
+    if not are_typed(cfg, links):
+        check(startable(cfg))  # before the data take their time
+
+    def told() -> dict[str, Any]:
+        before = RunFolder(Path(cfg.run_dir)).read_config() if cfg.resume == "auto" else None
+        if before is not None and before.get("link") == links:
+            return {key: value_at(before, key) for key in links}
+        return asked_of(cfg, links)
+
+    return with_overrides(cfg, ranks().first(told))
+
+
+def asked_of(cfg: DictConfig, links: Mapping[str, str]) -> dict[str, Any]:
+    """What the data know, of which nothing else is left in the process."""
+    with importing():
+        from app.run.build import set_up
+        from app.throwaway.trace import left_as_found
+    data: Any = OmegaConf.to_container(cfg.data, resolve=True, enum_to_str=True)
+    with left_as_found({"data": data}):
+        return known_by(set_up(data, seed=cfg.seed), links)
 
 
 def prepare(config: Config, folder: RunFolder) -> dict[str, Any]:
@@ -156,6 +189,9 @@ def search_and_train(
             from app.tuner.find import find
         tuned = find(config, folder.path)
     config = config.changed(tuned or {})
+    links = links_of(config.composed)
+    if links and any(k.startswith("data.") for k in tuned or ()) and folder.read_config() is None:
+        config = config.changed(ranks().first(lambda: asked_of(config.composed, links)))
     ranks().refuse_different(what_decides(config.plain))
     if not config.fit:
         return None
@@ -187,6 +223,8 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
             begins = config if checkpoint is None else config.but(init_from=None)
             run = built(begins, [start, tracking, *pruning, StopsOnSignal()])
             given_back.callback(run.hooks.release)
+        links = links_of(config.composed)
+        start.beside.append(lambda: rows(links, {k: value_at(config.plain, k) for k in links}))
         if run.initial is not None:
             start.beside.append(run.initial.rows)
             record.content["init_from"] = run.initial.report  # filled when the fit begins

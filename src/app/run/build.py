@@ -269,6 +269,16 @@ def _make_model_and_data(
     return model, data, hooks
 
 
+def set_up(data: Mapping[str, Any], *, seed: int) -> pl.LightningDataModule:
+    """Data, made and set up as for a fit, of which a configuration is to learn."""
+    refuse_targets({"data": data})
+    seed_all(seed)
+    made: pl.LightningDataModule = _made("data", data, pl.LightningDataModule)
+    made.prepare_data()
+    made.setup("fit")
+    return made
+
+
 def seed_all(seed: int) -> None:
     """Seed all generators: before anything is built, and before a test, which then draws the same
     numbers in a run that was cut, and in `app.evaluate`."""
