@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigNode, ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
-from .rules import run_name
+from .rules import demo, run_name
 
 GROUPS = sorted(path.parent.name for path in Path(__file__).parent.glob("*/schema.py"))
 
@@ -41,11 +41,15 @@ def _nodes(path: str, shapes: dict[str, type]) -> Lazy:
 
 
 def _node(path: str, name: str, shape: type) -> ConfigNode:
-    node = OmegaConf.structured(shape)
+    if shape is dict:  # of the user's class: it takes keys that no schema knows
+        node = OmegaConf.create({"_target_": MISSING}, flags={"struct": False})
+    else:
+        node = OmegaConf.structured(shape)
     return ConfigNode(name=f"{name}.yaml", node=node, group=path, package=None, provider=None)
 
 
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("demo", demo, replace=True)
 _roots = _nodes("schema", import_module(f"{__name__}.schema").ROOTS)
 _groups = {group: partial(_group, group) for group in GROUPS}
 ConfigStore.instance().repo["schema"] = Lazy(_groups | _roots)

@@ -6,6 +6,7 @@ every field there is, before the rules in `__post_init__`, which are those betwe
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -154,6 +155,19 @@ def run_name(value: Any) -> str:
     if refusal is not None:
         raise Refused(refusal)
     return str(value)
+
+
+def demo(ours: Any, theirs: Any, *, _root_: Any) -> Any:
+    """The value that goes with the models of this project, or with one of the user's own.
+
+    Asked in a list of defaults, the model is the name of a preset.
+    """
+    model = _root_.get("model")
+    if not isinstance(model, str):
+        model = None if model is None else model.get("_target_", "")
+        return ours if model is None or str(model).startswith("app.models.") else theirs
+    shipped = import_module("app.conf.model.schema").PRESETS
+    return ours if shipped.get(model, dict) is not dict else theirs
 
 
 def require(holds: bool, text: str) -> None:

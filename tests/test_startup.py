@@ -28,7 +28,7 @@ app.process.tracebacks
 """Ours, of a command that only shows a configuration; without the schemas of its groups."""
 
 CHECKED = """
-app.begin app.begin.links app.begin.source
+app.begin app.begin.defaults app.begin.links app.begin.source
 app.fit app.launch app.launch.start app.process app.process.asked
 app.process.files app.process.imports app.process.ranks app.process.requeue app.process.targets
 app.record app.record.folder app.record.states app.tuner app.tuner.answers app.tuner.keys

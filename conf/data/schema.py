@@ -110,4 +110,4 @@ class Graph(InMemoryData):
         )
 
 
-PRESETS = {"mnist1d": Mnist1d, "digits": Digits, "graph": Graph}
+PRESETS = {"mnist1d": Mnist1d, "digits": Digits, "graph": Graph, "custom": dict}

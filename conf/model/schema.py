@@ -126,4 +126,5 @@ PRESETS = {
     "mlp": Mlp,
     "graphsage": GraphSage,
     "transformer": Transformer,
+    "custom": dict,
 }

@@ -12,7 +12,7 @@ from app import cli
 from app.begin.links import are_typed, links_of
 from app.begin.source import source_of
 from app.config import changed_by_debug, check, describe
-from app.fit import built
+from app.fit import built, told_by_classes
 from app.process.targets import named_in
 from app.tuner.answers import read_tuned
 
@@ -22,6 +22,7 @@ def main(cfg: DictConfig) -> None:
 
     Builds what is not ours: only a model knows whether it steps its own optimizers.
     """
+    cfg = told_by_classes(cfg)
     links = links_of(cfg)
     for key, source in links.items():
         print(f"{key} is the data's {source}, known when they are set up: not checked")

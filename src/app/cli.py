@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,8 +38,17 @@ VERSION_BASE = "1.3"
 """Of Hydra's behaviour."""
 
 
-def main(task: Callable[[DictConfig], Any], config_name: str, description: str) -> None:
-    """Run `task` on the composed configuration; exit with 2 where what was typed is refused."""
+def main(
+    task: Callable[[DictConfig], Any],
+    config_name: str,
+    description: str,
+    completed: Callable[[DictConfig], DictConfig] | None = None,
+) -> None:
+    """Run `task` on the composed configuration; exit with 2 where what was typed is refused.
+
+    Args:
+        completed: adds to a configuration that `--cfg job` shows what classes of the user's say.
+    """
     make_streams_safe()
     arguments = sys.argv[1:]
     if arguments == ["-sc", "install=bash"]:
@@ -46,6 +56,10 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
         return
     arguments = [NAN.sub('"nan"', w) if w[:6] == "debug=" else w for w in arguments]
     sys.argv[1:] = named_after_job(arguments) if config_name in ("train", "tune") else arguments
+    if completed is not None and shows_classes(arguments):
+        task = partial(show, completed, resolves="--resolve" in arguments)
+        arguments = [word for word in arguments if word not in ("--cfg", "-c", "job", "--resolve")]
+        sys.argv[1:] = [*arguments, "hydra.run.dir=."]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand us the exception, not a printed text
     is_sweep = bool({"-m", "--multirun"} & {*arguments}) and not ({*SHOWS} & {*arguments})
     guarded = TaskOfCommand(task)
@@ -88,6 +102,18 @@ def main(task: Callable[[DictConfig], Any], config_name: str, description: str) 
         leave(exit_code)  # torch's threads can abort a rank that ends in the usual way
     if exit_code:
         sys.exit(exit_code)
+
+
+def shows_classes(arguments: Sequence[str]) -> bool:
+    """Whether a run's configuration is to be shown in which a class of the user's is named."""
+    others = {"-p", "--package", "-m", "--multirun"}
+    is_shown = {"--cfg", "-c"} & {*arguments} and "job" in arguments and not others & {*arguments}
+    return bool(is_shown) and any("_target_=" in word for word in arguments)
+
+
+def show(completed: Callable[[DictConfig], DictConfig], cfg: DictConfig, *, resolves: bool) -> None:
+    """Print a configuration as Hydra does."""
+    print(OmegaConf.to_yaml(completed(cfg), resolve=resolves), end="")
 
 
 SHOWS = ("--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help", "--version")

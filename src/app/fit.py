@@ -1,5 +1,6 @@
 """One run, from a checked configuration to its result."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from difflib import get_close_matches
@@ -7,9 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
-from app.begin.links import are_typed, known_by, links_of, rows
+from app.begin import defaults, links
+from app.begin.defaults import GROUPS, is_of_user, unsaid
+from app.begin.links import are_typed, known_by, links_of
 from app.begin.source import source_of
+from app.cli import shipped_targets
 from app.config import (
     Config,
     changed_by_debug,
@@ -20,12 +25,13 @@ from app.config import (
     what_decides,
     with_overrides,
 )
-from app.errors import Refused
+from app.errors import Refused, Unreadable
 from app.launch.start import placed, run_ranks
 from app.process.asked import asked
 from app.process.imports import importing
 from app.process.ranks import ranks, started_elsewhere
 from app.process.requeue import heeding
+from app.process.targets import named_in, refuse_targets
 from app.record.folder import RunFolder, refuse_unwritable
 from app.record.states import State
 from app.tuner.answers import recalled
@@ -84,7 +90,7 @@ def run(
 
 def _run(cfg: DictConfig, typed: list[str], objects: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
-        cfg = linked(cfg)
+        cfg = linked(told_by_classes(cfg))
         config = check(startable(cfg)).holding(objects)
         if config.launch is not None and not is_slurm(config.launch):
             raise Refused(
@@ -117,34 +123,61 @@ def _run(cfg: DictConfig, typed: list[str], objects: Mapping[str, Any]) -> dict[
         return result
 
 
+def told_by_classes(cfg: DictConfig) -> DictConfig:
+    """The configuration with what the constructors of the user's classes have for keys not set.
+
+    A run that is continued keeps what it began with, whatever they have become.
+    """
+    if not any(is_of_user(cfg, group) for group in GROUPS):
+        return cfg
+    try:
+        check(startable(cfg))  # before torch is imported
+    except (InterpolationResolutionError, Refused) as error:
+        if re.search(r"\b(model|data)\.", str(error)) is None:
+            raise  # the others may be of such a key
+    found, before = unsaid(cfg), recorded(cfg)
+    if before is not None:
+        names = {f"{group}.{name}" for group in GROUPS for name in before.get(group) or ()}
+        found = {key: value_at(before, key) for key in found if key in names}
+    return with_overrides(cfg, found)
+
+
+def recorded(cfg: DictConfig) -> dict[str, Any] | None:
+    """What the run had that would be continued; None where there is none, or it is torn."""
+    try:
+        return RunFolder(Path(cfg.run_dir)).read_config() if cfg.resume == "auto" else None
+    except Unreadable:
+        return None
+
+
 def linked(cfg: DictConfig) -> DictConfig:
     """The configuration with what the data tell it, which the first process asks them.
 
     A run that is continued keeps what it has been told.
     """
-    links = links_of(cfg)
-    if not links:
+    told = links_of(cfg)
+    if not told:
         return cfg
-    if not are_typed(cfg, links):
+    if not are_typed(cfg, told):
         check(startable(cfg))  # before the data take their time
 
-    def told() -> dict[str, Any]:
-        before = RunFolder(Path(cfg.run_dir)).read_config() if cfg.resume == "auto" else None
-        if before is not None and before.get("link") == links:
-            return {key: value_at(before, key) for key in links}
-        return asked_of(cfg, links)
+    def values() -> dict[str, Any]:
+        before = recorded(cfg) or {}
+        if before.get("link") == told:
+            return {key: value_at(before, key) for key in told}
+        return asked_of(cfg, told)
 
-    return with_overrides(cfg, ranks().first(told))
+    return with_overrides(cfg, ranks().first(values))
 
 
-def asked_of(cfg: DictConfig, links: Mapping[str, str]) -> dict[str, Any]:
+def asked_of(cfg: DictConfig, told: Mapping[str, str]) -> dict[str, Any]:
     """What the data know, of which nothing else is left in the process."""
     with importing():
         from app.run.build import set_up
         from app.throwaway.trace import left_as_found
     data: Any = OmegaConf.to_container(cfg.data, resolve=True, enum_to_str=True)
     with left_as_found({"data": data}):
-        return known_by(set_up(data, seed=cfg.seed), links)
+        return known_by(set_up(data, seed=cfg.seed), told)
 
 
 def prepare(config: Config, folder: RunFolder) -> dict[str, Any]:
@@ -157,13 +190,26 @@ def prepare(config: Config, folder: RunFolder) -> dict[str, Any]:
     if config.resume == "never":
         folder.move_aside()
     folder.forget_torn()
-    if config.init_from is not None and not any(folder.checkpoints.glob("*.ckpt")):
-        source_of(config.init_from)
+    if not folder.config_path.exists():
+        try:
+            refuse_beginning(config)
+        except Refused:
+            folder.remove_if_empty()
+            raise
     tuned = recalled(config, folder)
     folder.refuse_changes(config.changed(tuned or {}).plain)
     result = folder.read_result()
     has_ended = result is not None and State(result["status"]).is_done
     return {"result": result if has_ended else None, "tuned": tuned}
+
+
+def refuse_beginning(config: Config) -> None:
+    """Raise Refused where a new run could not be built, before its folder is taken by it."""
+    if config.init_from is not None:
+        source_of(config.init_from)
+    if named_in(config.plain) - shipped_targets():
+        with importing():
+            refuse_targets(config.plain)
 
 
 def work(
@@ -189,9 +235,9 @@ def search_and_train(
             from app.tuner.find import find
         tuned = find(config, folder.path)
     config = config.changed(tuned or {})
-    links = links_of(config.composed)
-    if links and any(k.startswith("data.") for k in tuned or ()) and folder.read_config() is None:
-        config = config.changed(ranks().first(lambda: asked_of(config.composed, links)))
+    told = links_of(config.composed)
+    if told and any(k.startswith("data.") for k in tuned or ()) and folder.read_config() is None:
+        config = config.changed(ranks().first(lambda: asked_of(config.composed, told)))
     ranks().refuse_different(what_decides(config.plain))
     if not config.fit:
         return None
@@ -223,8 +269,9 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
             begins = config if checkpoint is None else config.but(init_from=None)
             run = built(begins, [start, tracking, *pruning, StopsOnSignal()])
             given_back.callback(run.hooks.release)
-        links = links_of(config.composed)
-        start.beside.append(lambda: rows(links, {k: value_at(config.plain, k) for k in links}))
+        start.beside.append(lambda: defaults.rows(config.composed))
+        told = links_of(config.composed)
+        start.beside.append(lambda: links.rows(told, {k: value_at(config.plain, k) for k in told}))
         if run.initial is not None:
             start.beside.append(run.initial.rows)
             record.content["init_from"] = run.initial.report  # filled when the fit begins

@@ -38,5 +38,12 @@ def main(cfg: DictConfig) -> float | None:
     return None if result is None else objective(cfg.objective, result["metrics"])
 
 
+def completed(cfg: DictConfig) -> DictConfig:
+    """A configuration as it is shown, with what classes of the user's say of their arguments."""
+    from app.begin.defaults import completed as with_defaults
+
+    return with_defaults(cfg)
+
+
 if __name__ == "__main__":
-    cli.main(main, "train", __doc__)
+    cli.main(main, "train", __doc__, completed)

@@ -3,4 +3,4 @@
 from app import cli, train
 
 if __name__ == "__main__":
-    cli.main(train.main, "tune", __doc__)
+    cli.main(train.main, "tune", __doc__, train.completed)

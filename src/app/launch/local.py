@@ -85,6 +85,7 @@ def run_local(
 def _environment(rank: int, size: int, port: int) -> dict[str, str]:
     """Variables of this process, and those by which torch and Lightning know a rank."""
     environment = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // size)),
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -63,8 +63,10 @@ class Slots:
         self._free = [name for name in self.names if name in free]
 
     def environment(self, names: list[str]) -> dict[str, str]:
-        """The environment of a job that has these devices."""
-        return {**os.environ, **({VISIBLE: ",".join(names)} if self.are_gpus else {})}
+        """The environment of a job that has these devices, and on cores as many threads."""
+        if self.are_gpus:
+            return {**os.environ, VISIBLE: ",".join(names)}
+        return {"OMP_NUM_THREADS": str(len(names)), **os.environ}
 
 
 def find_slots(*, asked: int | None, accelerator: str, context: BaseContext) -> Slots:

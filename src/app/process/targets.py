@@ -172,7 +172,8 @@ def _refuse_arguments(key: str, node: Mapping[str, Any], found: Callable[..., An
             and not (name in given or node.get("_args_"))
         ):
             raise Refused(
-                f"{key}.{name} is required by {node['_target_']}; type +{key}.{name}=VALUE"
+                f"{key}.{name} is required by {node['_target_']}; type "
+                f"{'' if key in ('model', 'data') else '+'}{key}.{name}=VALUE"
             )
     try:
         bind(*node.get("_args_", ()), **given)

@@ -104,7 +104,7 @@ class Trainer(AveragingTrainer):
             limit. A step is an optimizer step.
         min_epochs, min_steps: before which nothing else ends it early.
         devices, num_nodes: processes of each machine, and machines.
-        threads: intra-op threads of torch on the CPU; None leaves torch's own choice. Tiny models
+        threads: intra-op threads of torch on the CPU; None: torch's own choice. Tiny models
             are faster with one, and give the same weights on every machine load.
         deterministic: refuse operations that have no deterministic implementation.
         overfit_batches: train on the first of them only, and validate on as many.
@@ -163,6 +163,8 @@ class Trainer(AveragingTrainer):
             switch_off_inherited(callback)
         use_matmul(matmul, mode=precision, accelerator=accelerator)
         refuse_hardware(threads, accelerator)
+        if threads is None and "OMP_NUM_THREADS" in os.environ:
+            threads = int(os.environ["OMP_NUM_THREADS"])  # a forked process has read it before
         if threads is not None:
             torch.set_num_threads(threads)
         if (
