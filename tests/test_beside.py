@@ -12,6 +12,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import numpy as np
@@ -707,14 +708,41 @@ def test_be_logger_takes_whatever_another_one_takes(logger: Any, tmp_path: Path)
     assert not hasattr(made, "_private")
 
 
-def test_be_lightning_the_other_package_of_lightning_is_named(checked: Callable[..., Any]) -> None:
-    config = checked("+callbacks.mine._target_=pytorch_lightning.callbacks.Timer")
-    with pytest.raises(Refused) as refusal:
-        refuse_targets(config.plain)
+def test_be_lightning_what_imports_its_other_package_gets_the_one_that_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "older.py").write_text(
+        "import pytorch_lightning as pl\n"
+        "from pytorch_lightning.callbacks import Timer\n"
+        "from pytorch_lightning.utilities.rank_zero import rank_zero_only\n\n\n"
+        "class Older(pl.LightningModule):\n    pass\n\n\n"
+        "class Slow(Timer):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with patch.dict(sys.modules):
+        forget_other_lightning()
+        refuse_targets({"model": {"_target_": "older.Older"},
+                        "callbacks": {"slow": {"_target_": "older.Slow"}}})  # fmt: skip
+        assert issubclass(sys.modules["older"].Older, pl.LightningModule)
+        assert pl.__spec__.name == "lightning.pytorch"
+
+
+def test_be_lightning_its_other_package_is_named_where_it_is_there_already() -> None:
+    with patch.dict(sys.modules):
+        forget_other_lightning()
+        import_module("pytorch_lightning")
+        timer = {"_target_": "pytorch_lightning.callbacks.Timer"}
+        with pytest.raises(Refused) as refusal:
+            refuse_targets({"callbacks": {"mine": timer}})
     assert str(refusal.value) == (
         "callbacks.mine._target_ must be a Callback, got pytorch_lightning.callbacks.Timer; import "
         "lightning.pytorch, not pytorch_lightning, whose classes are others"
     )
+
+
+def forget_other_lightning() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pytorch_lightning"]:
+        del sys.modules[name]
 
 
 class Asks(Plain):

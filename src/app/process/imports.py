@@ -3,6 +3,7 @@
 import gc
 import logging
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,3 +35,19 @@ def importing() -> Iterator[None]:
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).setLevel(logging.WARNING)
         logging.getLogger(name).propagate = True
+
+
+OTHER = "pytorch_lightning"
+"""The other name under which Lightning's code is installed, with classes of its own."""
+
+
+def one_lightning() -> None:
+    """Let a module of the user's that imports `pytorch_lightning` get `lightning.pytorch`.
+
+    The code is the same, and its classes would be others. Where it is imported already it stays.
+    """
+    import lightning.pytorch as pl
+
+    if OTHER not in sys.modules:
+        for name in [name for name in sys.modules if f"{name}.".startswith(f"{pl.__name__}.")]:
+            sys.modules[name.replace(pl.__name__, OTHER, 1)] = sys.modules[name]

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from app.errors import Refused
+from app.process.imports import one_lightning
 
 BASES = {
     "model": ("lightning.pytorch", "LightningModule"),
@@ -85,6 +86,7 @@ def _hidden(name: str) -> str:
 
 def _found(name: str) -> Any:
     """What a dotted name stands for; imports the longest part of it that is a module."""
+    one_lightning()
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         module = ".".join(parts[:length])
