@@ -18,7 +18,7 @@ FLOORS = (
     {"logger", "record", "resume", "screen"},
     {"begin"},
     {"run"},
-    {"throwaway"},
+    {"stop", "throwaway"},
     {"tuner"},
     {"launch"},
     {"fit"},

@@ -18,7 +18,7 @@ from app.process.asked import asked
 from app.record.folder import RunFolder
 from app.resume.hooks import switch_on
 from app.run.build import build as built
-from app.run.signals import ASKS, StopsOnSignal
+from app.stop.signals import ASKS, StopsOnSignal
 
 LOWER = ("val_loss", "val/loss", "loss", "val_rmse", "test-WER", "val.ppl", "valid_loss_epoch",
          "val_cer", "FID", "bits/bpc", "val/loss/dataloader_idx_0", "valloss", "error_rate",

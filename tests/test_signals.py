@@ -15,7 +15,7 @@ from test_resume import CASES, CHOSEN
 from app.process.asked import asked
 from app.run.build import Run, build
 from app.run.checkpoint import newest_intact
-from app.run.signals import StopsOnSignal
+from app.stop.signals import StopsOnSignal
 
 VALIDATED = ("trainer.limit_val_batches=3", "data.eval_batch_size=8")
 HOOKS = ("on_train_batch_start", "on_validation_batch_start", "on_validation_end",

@@ -45,7 +45,7 @@ app.optim.schedules app.parallel.data_parallel app.parallel.sharded app.parallel
 app.precision app.process.intact app.process.random_state app.record.loggers app.record.metrics
 app.record.names app.record.result app.resume app.resume.exact app.resume.held app.resume.hooks
 app.resume.modes app.resume.position app.resume.unfinished app.run app.run.beside app.run.build
-app.run.checkpoint app.run.measured app.run.progress app.run.raw app.run.signals app.run.trainer
+app.run.checkpoint app.run.measured app.run.progress app.run.raw app.stop.signals app.run.trainer
 app.screen app.screen.start app.strategy
 """
 """Ours, of the default run, beside those."""

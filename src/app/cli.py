@@ -420,7 +420,7 @@ def help_text(config_name: str, description: str) -> str:
     lines = [description or "", "", f"usage: {command} [group=preset ...] [key=value ...]"]
     if config_name in ("train", "tune", "check"):
         lines += ["", "groups (group=preset; what it is):"]
-        for group, (presets, summary) in groups(projectconf_folder()).items():
+        for group, (presets, summary) in groups(project_conf()).items():
             lines += [f"  {group}={'|'.join(presets)}", f"      {summary}"]
     lines += [
         "",
@@ -450,7 +450,7 @@ def project_files() -> Path:
     return conf_folder().with_name("project")
 
 
-def projectconf_folder() -> Path | None:
+def project_conf() -> Path | None:
     """The presets of the project in the working directory, that its pyproject.toml names.
 
     Raises Refused where what it names is no folder, or the file cannot be read.

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
     from app.run.build import Run
-    from app.run.pruning import PrunesTrial
+    from app.stop.pruning import PrunesTrial
     from app.screen.start import StartTable
 
 
@@ -254,7 +254,7 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
         from app.run.build import seed_all
         from app.run.checkpoint import newest_intact
         from app.run.measured import tested
-        from app.run.signals import StopsOnSignal
+        from app.stop.signals import StopsOnSignal
         from app.screen.start import StartTable
     is_first = ranks().is_first
     before = folder.read_result() or {}
@@ -367,7 +367,7 @@ def pruning_of(config: Config) -> "list[PrunesTrial]":
         return []
     assert config.objective is not None
     from app.record.trials import may_be_reported
-    from app.run.pruning import PrunesTrial
+    from app.stop.pruning import PrunesTrial
 
     if not may_be_reported(config.objective):
         return []  # as the study has said

@@ -26,7 +26,7 @@ from app.record.loggers import NoLogger
 from app.run.build import Run, build, build_callbacks, build_techniques
 from app.run.checkpoint import Kept
 from app.run.progress import EpochLines
-from app.run.signals import Listens
+from app.stop.signals import Listens
 from app.run.trainer import Trainer
 
 OURS = ("checkpoint", "early_stopping", "progress")
