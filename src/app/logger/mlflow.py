@@ -55,14 +55,18 @@ class MLFlow(Tracker, MLFlowLogger):
             experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or Path.cwd().name
         )
         group = group or self.group
-        with self._alone():
-            super().__init__(
-                tracking_uri=self._uri,
-                experiment_name=self._experiment_named,
-                run_name=run_name,
-                tags={**tags, **({} if group is None else {"group": group})},
-                run_id=noted.get("run_id") if noted.get("tracking_uri") == self._uri else None,
-            )
+        known = noted.get("run_id") if noted.get("tracking_uri") == self._uri else None
+        try:
+            with self._alone():
+                super().__init__(
+                    tracking_uri=self._uri,
+                    experiment_name=self._experiment_named,
+                    run_name=run_name,
+                    tags={**tags, **({} if group is None else {"group": group})},
+                    run_id=known,
+                )
+        except Exception as error:  # of a local file
+            raise self.refusal(error) from error
 
     @property
     def save_dir(self) -> str:

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger
 
 from app.errors import Refused, Unreadable
 from app.process.files import read_json, write_json
+from app.process.ranks import ranks
 from app.record.loggers import Nothing
 
 MOST_FAILURES = 3
@@ -38,9 +38,13 @@ class Tracker(Logger):
     _failures = 0
 
     @property
-    @rank_zero_experiment
     def experiment(self) -> Any:
-        """Of Lightning's logger, on the first rank; what takes all and does nothing, where lost."""
+        """Of Lightning's logger; on other ranks, and where lost, what takes all and does nothing.
+
+        Lightning's own for other ranks takes no item, as in `experiment.config["lr"] = 0.1`.
+        """
+        if not ranks().is_first:
+            return Nothing()
         if not self._has_begun:
             self._has_begun = True
             self._begin()
@@ -56,10 +60,16 @@ class Tracker(Logger):
             self.begin()
         except Exception as error:
             self._is_lost = True
-            said = f"logger.{self.service} cannot begin: {in_a_line(error)}"
             if not is_continued:
-                raise Refused(f"{said}; {self.instead}, or use logger=csv") from error
-            print(f"{said}; the run goes on without it", flush=True)
+                raise self.refusal(error) from error
+            print(f"{self._cannot_begin(error)}; the run goes on without it", flush=True)
+
+    def refusal(self, error: Exception) -> Refused:
+        """What to say of a run that the tracker cannot begin."""
+        return Refused(f"{self._cannot_begin(error)}; {self.instead}, or use logger=csv")
+
+    def _cannot_begin(self, error: Exception) -> str:
+        return f"logger.{self.service} cannot begin: {in_a_line(error)}"
 
     def noted(self) -> dict[str, Any]:
         """What the tracker calls the run; empty where it has not begun."""
@@ -115,11 +125,13 @@ class Tracker(Logger):
         """Nothing: Lightning says this after the fit and after the test, and does not know how the
         run ends."""
 
-    def try_again(self) -> None:
-        """Use a tracker that was lost once more: it may be there again."""
+    def try_again(self) -> bool:
+        """Use a tracker that was lost once more, it may be there again; False where there is no run
+        that it knows."""
         self._is_lost, self._failures = False, 0
+        return bool(self.noted())
 
 
 def in_a_line(error: Exception) -> str:
     """What an error says, cut short."""
-    return f"{' '.join(str(error).split()) or type(error).__name__:.200}"
+    return f"{' '.join(str(error).split()) or type(error).__name__:.200}".rstrip(".;: ")

@@ -103,10 +103,8 @@ class Tracking(pl.Callback):
         )
         for logger in self.loggers:
             end = next((end for kind, end in END.items() if isinstance(logger, kind)), None)
-            if end is None:
+            if end is None or (isinstance(logger, Tracker) and not logger.try_again()):
                 continue
-            if isinstance(logger, Tracker):
-                logger.try_again()
             try:
                 end(logger, outcome)
             except Exception as error:  # a tracker fails no run
@@ -126,7 +124,7 @@ def _end_wandb(logger: Any, outcome: Outcome) -> None:
     run.summary.update({**outcome.metrics, "status": str(outcome.state)})
     for file in outcome.files(logger):  # copies: the folder may be moved before they are synced
         path = Path(run.dir, "run", file.name)  # not beside W&B's own config.yaml
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, path)
         run.save(str(path), base_path=run.dir, policy="now")
     run.finish(exit_code=int(outcome.state is not State.finished))

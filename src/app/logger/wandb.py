@@ -63,8 +63,8 @@ class Wandb(Tracker, WandbLogger):
     def begin(self) -> None:
         """Begin the run, or go on with it."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        self.note(id=self._run_id)
         _ = self.experiment
+        self.note(id=self._run_id)
 
 
 def has_login() -> bool:
