@@ -1,8 +1,9 @@
-"""The optimizers that are not torch's own, and what they need."""
+"""Optimizers and schedules of any library, and what they need."""
 
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from conftest import SMALL
 from torch import nn
 
 from app.errors import Refused
-from app.optim import AdamW8bit
+from app.optim import AdamW8bit, with_rate
 from app.run.build import build
 
 SETTINGS = {"lr": 0.01, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.1,
@@ -76,3 +77,160 @@ def test_a_fused_sgd_steps_as_the_plain_one_does_but_for_rounding(
         weights.append([p.detach() for p in run.model.parameters()])
     assert run.trainer.optimizers[0].defaults["fused"]
     torch.testing.assert_close(*weights)
+
+
+# ------------------------------------------------------------------------------- of any library
+
+CUSTOM = "optimizer=custom"
+TORCH = "scheduler._target_=torch.optim.lr_scheduler"
+
+
+def makes(parameters: Any, *, rate: float) -> torch.optim.Optimizer:
+    """As timm's `create_optimizer_v2`: a function."""
+    return torch.optim.Adam(parameters, lr=rate)
+
+
+class Factory:
+    """As `AdamW8bit` here: its objects make the optimizer."""
+
+    def __init__(self, lr: float) -> None:
+        self.lr = lr
+
+    def __call__(self, parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=self.lr)
+
+
+class Flat(torch.optim.SGD):
+    """Knows of no groups."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__([p for group in params for p in group["params"]], lr=0.1)
+
+
+def fitted(config: Any) -> Any:
+    run = build(config, [])
+    run.trainer.fit(run.model, datamodule=run.data)
+    return run.trainer
+
+
+OPTIMIZERS: dict[tuple[str, ...], tuple[type, dict[str, Any]]] = {
+    ("optimizer._target_=torch.optim.RAdam",): (torch.optim.RAdam, {"lr": 0.001}),
+    ("optimizer._target_=torch.optim.RAdam", "+optimizer.lr=0.02", "+optimizer._partial_=true",
+     "+optimizer.betas=[0.8,0.9]"): (torch.optim.RAdam, {"lr": 0.02, "betas": [0.8, 0.9]}),
+    ("optimizer._target_=torch.optim.LBFGS", "+optimizer.max_iter=2", "clip=none"): (
+        torch.optim.LBFGS, {"lr": 1, "max_iter": 2}),
+    ("optimizer._target_=test_optim.makes", "+optimizer.rate=0.02"): (
+        torch.optim.Adam, {"lr": 0.02}),
+    ("optimizer._target_=test_optim.Factory", "optimizer.lr=0.02"): (
+        torch.optim.SGD, {"lr": 0.02}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("typed", OPTIMIZERS, ids=lambda typed: typed[0].rpartition(".")[2])
+def test_any_class_or_function_makes_the_optimizer(
+    checked: Callable[..., Any], typed: tuple[str, ...]
+) -> None:
+    trainer = fitted(checked(*SMALL, CUSTOM, *typed))
+    kind, settings = OPTIMIZERS[typed]
+    assert type(trainer.optimizers[0]) is kind
+    assert settings.items() <= trainer.optimizers[0].defaults.items()
+    assert trainer.global_step == 12
+
+
+def test_a_preset_of_the_users_own_needs_no_schema(
+    checked: Callable[..., Any], tmp_path: Path
+) -> None:
+    for group, text in {
+        "optimizer": "_target_: torch.optim.Adam\n_partial_: true\nlr: 0.02\nweight_decay: 0.1\n",
+        "scheduler": "_target_: torch.optim.lr_scheduler.ReduceLROnPlateau\n_partial_: true\n"
+        "mode: min\npatience: 10\nmonitor: val_loss\n",
+    }.items():
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "mine.yaml").write_text(text)
+    path = f"hydra.searchpath=[file://{tmp_path}]"
+    mine = ("optimizer=mine", "scheduler=mine", "optimizer/groups=no_decay")
+    trainer = fitted(checked(*SMALL, path, *mine))
+    assert [g["weight_decay"] for g in trainer.optimizers[0].param_groups] == [0.0, 0.1]
+    assert trainer.lr_scheduler_configs[0].monitor == "val_loss"
+
+
+SCHEDULES: dict[tuple[str, ...], float] = {
+    (f"{TORCH}.ExponentialLR", "+scheduler.gamma=0.5"): 0.05,
+    (f"{TORCH}.ExponentialLR", "+scheduler.gamma=0.5", "scheduler.interval=step",
+     "scheduler.frequency=6"): 0.05,
+    (f"{TORCH}.CosineAnnealingLR", "+scheduler.T_max=total_steps", "scheduler.interval=step"): 0.0,
+    (f"{TORCH}.CosineAnnealingLR", "+scheduler.T_max=total_epochs"): 0.0,
+    (f"{TORCH}.SequentialLR", "+scheduler.milestones=[1]",
+     "+scheduler.schedulers=[{_target_: torch.optim.lr_scheduler.ConstantLR, _partial_: true}, "
+     "{_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, step_size: 1, gamma: 0.1}]"):
+        0.02,
+    ("scheduler._target_=test_optim.warmed", "+scheduler.num_warmup_steps=24",
+     "+scheduler.num_training_steps=total_steps", "scheduler.interval=step"): 0.1,
+    (f"{TORCH}.ReduceLROnPlateau", "scheduler.monitor=val_acc", "+scheduler.threshold=9",
+     "+scheduler.patience=0"): 0.02,
+}  # fmt: skip
+
+
+def warmed(
+    name_or_optimizer: Any, num_warmup_steps: int, num_training_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """As transformers' `get_linear_schedule_with_warmup`: a function that is told the length."""
+    assert num_training_steps == 12
+    return torch.optim.lr_scheduler.LambdaLR(name_or_optimizer, lambda s: s / num_warmup_steps)
+
+
+@pytest.mark.parametrize("typed", SCHEDULES, ids=lambda typed: typed[0].rpartition(".")[2])
+def test_any_class_or_function_makes_the_schedule(
+    checked: Callable[..., Any], typed: tuple[str, ...]
+) -> None:
+    trainer = fitted(checked(*SMALL, "scheduler=custom", *typed))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(SCHEDULES[typed], abs=1e-9)
+
+
+REFUSED = {
+    (CUSTOM, "optimizer._target_=torch.optim.RAdam", "+optimizer.params=3"): "optimizer.params is "
+    "given by the run; leave it out",
+    (CUSTOM, "optimizer._target_=torch.optim.RAdam", "+optimizer.momentm=3"): "optimizer.momentm "
+    "is not an argument of torch.optim.RAdam; it takes params, lr, betas, eps, weight_decay, "
+    "decoupled_weight_decay, foreach, maximize, capturable, differentiable",
+    (CUSTOM, "optimizer._target_=torch.optim.RAdam", "optimizer.lr=-1"): "optimizer.lr must be > "
+    "0, got -1; type for example optimizer.lr=0.01",
+    (CUSTOM, "optimizer._target_=builtins.list"): "optimizer._target_ must make an Optimizer, and "
+    "makes a list; type optimizer._target_=torch.optim.Adam",
+    (CUSTOM, "optimizer._target_=test_optim.Flat", "optimizer.layer_decay=0.5"): "optimizer.groups "
+    "cannot act: Flat does not keep the groups that it is given; type optimizer/groups=all",
+    (CUSTOM, "optimizer._target_=torch.optim.Rprop", "optimizer/groups=no_decay"): "optimizer."
+    "groups[0].weight_decay is not a setting of Rprop, which has lr, etas, step_sizes, foreach, "
+    "maximize, differentiable, capturable; leave it out",
+    ("scheduler=custom", f"{TORCH}.ExponentialLR"): "scheduler.gamma is required by torch.optim."
+    "lr_scheduler.ExponentialLR; type +scheduler.gamma=VALUE",
+    ("scheduler=custom", f"{TORCH}.ReduceLROnPlateau"): "scheduler.monitor is required by "
+    "ReduceLROnPlateau; type scheduler.monitor=val_loss",
+    ("scheduler=custom", f"{TORCH}.ExponentialLR", "+scheduler.gamma=0.9",
+     "scheduler.frequency=0"): "scheduler.frequency must be >= 1, got 0; type "
+    "scheduler.frequency=1",
+    ("scheduler=custom", f"{TORCH}.OneCycleLR", "+scheduler.max_lr=0.1",
+     "optimizer.layer_decay=0.5", "+scheduler.total_steps=total_steps",
+     "scheduler.interval=step"): "scheduler: OneCycleLR gives all groups the rate 0.004, so that their scales have no effect; give it one for each, as "
+    "'+scheduler.max_lr=[0.1,0.05]', or use scheduler=onecycle",
+    ("scheduler=custom", f"{TORCH}.CosineAnnealingLR", "+scheduler.T_max=total_epochs",
+     "trainer.max_epochs=null", "trainer.max_steps=5"): "scheduler needs the number of epochs, "
+    "which nothing bounds; type trainer.max_epochs=30, or total_steps with scheduler.interval=step",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("typed", REFUSED, ids=lambda typed: " ".join(typed[1:3]))
+def test_what_makes_none_is_refused(checked: Callable[..., Any], typed: tuple[str, ...]) -> None:
+    with pytest.raises(Refused) as refusal:
+        fitted(checked(*SMALL, *typed))
+    assert str(refusal.value) == REFUSED[typed]
+
+
+def test_a_finder_begins_at_the_rate_that_the_class_has_by_default(
+    checked: Callable[..., Any],
+) -> None:
+    config = checked(*SMALL, CUSTOM, "optimizer._target_=torch.optim.NAdam")
+    assert with_rate(config).plain["optimizer"]["lr"] == 0.002
+    chosen = checked(*SMALL, CUSTOM, "optimizer._target_=torch.optim.NAdam", "optimizer.lr=0.1")
+    assert with_rate(chosen) is chosen
+    assert with_rate(checked("optimizer=none")).plain["optimizer"] is None

@@ -34,6 +34,8 @@ CASES = {
                                  "model=cnn1d_bn", OFTEN),
     "scheduler=plateau": (*SMALL, "scheduler=plateau", "scheduler.patience=0", OFTEN),
     "memory=checkpointing": (*SMALL, "memory=checkpointing", "memory.min_parameters=100", OFTEN),
+    "optimizer/groups=layer_decay": (*SMALL, "optimizer=adamw", "optimizer/groups=layer_decay",
+                                     "scheduler=onecycle", OFTEN),
     "theirs": (*THEIRS, OFTEN),
     "theirs, worker processes": (*THEIRS, "+data.workers=2", OFTEN),
     "theirs, kept workers": (*THEIRS, "+data.workers=2", "+data.persistent=true", OFTEN),

@@ -198,6 +198,10 @@ def _check_setting(key: str, name: str, value: Any, optimizer: Any) -> None:
         require(isinstance(value, bool), f"{key}.{name} must be true or false, got {value}")
     if hint in (float, float | None):
         require(type(value) in (int, float), f"{key}.{name} must be a number, got {value}")
+    if hint == list[float]:
+        size = len(getattr(optimizer, name))
+        is_whole = isinstance(value, list) and len(value) == size
+        require(is_whole, f"{key}.{name} must be {size} numbers, got {value}")
     rule = known[name].metadata.get(RULE)
     refusal = rule and rule.refusal(f"{key}.{name}", value)
-    require(not refusal, str(refusal))
+    require(not refusal, str(refusal).replace(f"type {key}.{name}=", f"type {name}: "))
