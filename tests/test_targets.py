@@ -85,6 +85,14 @@ def test_a_class_that_cannot_be_what_its_place_is_for_is_refused(
     assert str(refusal.value) == message.format(folder=tmp_path)
 
 
+def test_what_a_class_builds_itself_may_lack_arguments() -> None:
+    sgd = {"_target_": "torch.optim.SGD", "lr": 0.1}
+    model = {"_target_": "theirs.LitModel", "hidden": sgd}
+    with pytest.raises(Refused, match=r"model\.hidden\.params is required"):
+        refuse_targets({"model": model})
+    refuse_targets({"model": {**model, "_recursive_": False}})
+
+
 def test_every_class_that_is_shipped_is_what_its_place_is_for(checked: Callable[..., Any]) -> None:
     refuse_targets(checked("averaging=ema", "accumulate=constant", "callbacks=early_stopping"))
 

@@ -34,13 +34,18 @@ def named_in(config: Mapping[str, Any]) -> set[str]:
 
 def refuse_targets(config: Mapping[str, Any]) -> None:
     """Raise Refused where a class cannot be imported, is of another kind than its place is for, or
-    does not take what it would be given. Calls none."""
-    for key, node in _targets(config, ""):
+    does not take what it would be given. Calls none.
+
+    What is below `_recursive_: false` its class builds itself, with arguments of its own.
+    """
+    targets = list(_targets(config, ""))
+    left = tuple(f"{key}." for key, node in targets if node.get("_recursive_") is False)
+    for key, node in targets:
         found = located(key, node["_target_"])
         group, *inside = key.split(".")
         if group in BASES and len(inside) == (group in ("callbacks", "logger")):
             _refuse_other_kind(key, node["_target_"], found, *BASES[group])
-        if key != "trainer":  # which is given more than its settings
+        if key != "trainer" and not key.startswith(left):  # which get more than their settings
             _refuse_arguments(key, node, found)
 
 
