@@ -192,7 +192,7 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         lambda: _in("torch.nn.modules.batchnorm", "_NormBase"),
     ),
     "torch.utils._pytree": (
-        "averaging/norms.py parallel/data_parallel.py resume/position.py "
+        "averaging/norms.py parallel/data_parallel.py parallel/split.py resume/position.py "
         "screen/start.py throwaway/samples.py",
         "that what a batch, or a model, holds is found in any nest of containers",
         lambda: _in("torch.utils._pytree", "tree_map"),

@@ -23,30 +23,33 @@ OF_LIGHTNING = {
 
 SHOWN = """
 app app.cli app.conf app.config app.errors app.monitored app.parallel app.parallel.sizes app.process
-app.process.tracebacks
+app.process.tracebacks app.run
 """
 """Ours, of a command that only shows a configuration; without the schemas of its groups."""
 
+MADE = "app app.cli app.errors app.process app.process.tracebacks app.run"
+"""Ours, of what makes a project."""
+
 CHECKED = """
-app.begin app.begin.defaults app.begin.links app.begin.source
-app.fit app.launch app.launch.start app.process app.process.asked
-app.process.files app.process.imports app.process.ranks app.process.requeue app.process.targets
-app.record app.record.folder app.record.states app.tuner app.tuner.answers app.tuner.keys
+app.begin app.begin.defaults app.begin.links app.begin.source app.fit app.launch app.launch.start
+app.process.asked app.process.files app.process.imports app.process.ranks app.process.requeue
+app.process.targets app.record app.record.folder app.record.states app.tuner app.tuner.answers
+app.tuner.keys
 """
 """Ours, of a command that checks one, beside those."""
 
 TRAINED = """
 app.accumulate app.averaging app.averaging.apart app.averaging.engine app.averaging.files
-app.begin.weights
-app.averaging.norms app.averaging.rules app.averaging.shadow app.averaging.validation app.blocks
-app.clip app.data app.data.in_memory app.data.mnist1d app.models app.models.classifier
-app.models.cnn1d app.optim app.optim.due app.optim.groups app.optim.layers app.optim.optimizers
-app.optim.schedules app.parallel.data_parallel app.parallel.sharded app.parallel.split
-app.precision app.process.intact app.process.random_state app.record.loggers app.record.metrics
-app.record.names app.record.result app.resume app.resume.exact app.resume.held app.resume.hooks
-app.resume.modes app.resume.position app.resume.unfinished app.run app.run.beside app.run.build
-app.run.checkpoint app.run.measured app.run.progress app.run.raw app.stop.signals app.run.trainer
-app.screen app.screen.start app.strategy
+app.averaging.norms app.averaging.rules app.averaging.shadow app.averaging.validation
+app.begin.weights app.blocks app.clip app.data app.data.in_memory app.data.mnist1d app.logger
+app.logger.mlflow app.logger.tensorboard app.logger.tracker app.logger.tracking app.logger.wandb
+app.models app.models.classifier app.models.cnn1d app.optim app.optim.due app.optim.groups
+app.optim.layers app.optim.optimizers app.optim.schedules app.parallel.data_parallel
+app.parallel.sharded app.parallel.split app.precision app.process.intact app.process.random_state
+app.record.loggers app.record.metrics app.record.names app.record.result app.resume app.resume.exact
+app.resume.held app.resume.hooks app.resume.modes app.resume.position app.resume.unfinished
+app.run.beside app.run.build app.run.checkpoint app.run.measured app.run.progress app.run.raw
+app.run.top app.run.trainer app.screen app.screen.start app.stop app.stop.signals app.strategy
 """
 """Ours, of the default run, beside those."""
 
@@ -94,7 +97,7 @@ def test_checking_a_configuration_imports_no_torch(tmp_path: Path) -> None:
 
 def test_a_project_is_made_without_a_configuration(tmp_path: Path) -> None:
     ours, others = imported("app.new", "shapes", cwd=tmp_path)
-    assert sorted(ours) == ["app", "app.cli", "app.errors"]
+    assert sorted(ours) == sorted(MADE.split())
     assert others == set()
 
 
