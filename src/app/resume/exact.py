@@ -91,7 +91,7 @@ class ExactResume(pl.Callback):
             "epoch": trainer.current_epoch,
             "modes": modes_of(trainer, pl_module),
         }
-        if trainer.reload_dataloaders_every_n_epochs:
+        if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
             mine["made_from"] = self._made_from
         metrics = trainer.callback_metrics.items()
         checkpoint["metrics"] = self.metrics | {name: float(value) for name, value in metrics}

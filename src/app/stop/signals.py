@@ -71,7 +71,7 @@ class StopsOnSignal(Listens):
         asked.hold(lambda: switch_on(self, *ASKS))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.reload_dataloaders_every_n_epochs:
+        if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
             _guard_workers(trainer)
 
     def on_train_batch_end(
