@@ -365,7 +365,7 @@ def test_a_class_of_ones_own_is_announced_by_its_name(
 
 def test_a_setting_that_a_class_does_not_take_is_refused_where_it_is_typed() -> None:
     typed, _ = CUSTOM["an average"]
-    with pytest.raises(Refused, match=r"averaging.bn_batches is not an argument of test_library.M"):
+    with pytest.raises(Refused, match=r"bn_batches is not an argument of test_library\.M"):
         app.callbacks(*typed, "averaging.bn_batches=4")
 
 

@@ -251,7 +251,7 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
     with importing():
         from app.logger.tracking import Tracking
         from app.record.result import Record, draw_curves
-        from app.run.build import seed_all
+        from app.run.build import seed_all, technique_settings
         from app.run.checkpoint import newest_intact
         from app.run.measured import tested
         from app.stop.signals import StopsOnSignal
@@ -260,7 +260,7 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
     before = folder.read_result() or {}
     record = Record(config.plain, folder, writes=is_first)
     record.content |= {name: before[name] for name in KEPT if name in before}
-    start = StartTable(config.plain)
+    start = StartTable(config.plain | technique_settings(config))
     tracking = Tracking(config.plain, folder.path, lambda: facts(start, record.content))
     with tracking.told(record.content), record.kept(), ExitStack() as given_back:
         checkpoint = ranks().first(lambda: str(newest_intact(folder.checkpoints) or "")) or None

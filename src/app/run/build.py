@@ -118,7 +118,7 @@ def build(
         Refused: where `model` or `data` is not a LightningModule or LightningDataModule.
         ValueError: where an `optimizer=` is chosen for a model that steps its own optimizers.
     """
-    refuse_targets(config.plain | _settings(config))
+    refuse_targets(config.plain | technique_settings(config))
     model, data, hooks = _make_model_and_data(config)
     if config.optimizer is not None:
         _replace_optimizers(model, hooks, config.plain)
@@ -193,7 +193,7 @@ def build_techniques(config: Config) -> list[pl.Callback]:
     Raises Refused where one is no callback.
     """
     found = []
-    for group, chosen in _settings(config).items():
+    for group, chosen in technique_settings(config).items():
         refuse_targets({group: chosen})
         one = _make(chosen)
         one = one() if isinstance(one, partial) else one
@@ -206,7 +206,7 @@ def build_techniques(config: Config) -> list[pl.Callback]:
     return found
 
 
-def _settings(config: Config) -> dict[str, Any]:
+def technique_settings(config: Config) -> dict[str, Any]:
     """What the techniques are made of, by group; to a class of the user's is given, of what all
     presets of the group have in common, what it takes."""
     found = {}
