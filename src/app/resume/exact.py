@@ -2,6 +2,8 @@
 
 import inspect
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,7 +11,14 @@ import torch
 from torch import Tensor
 
 from app.parallel.split import share_of
-from app.process.random_state import draw_apart, random_state, set_random_state
+from app.process.random_state import (
+    draw_apart,
+    random_state,
+    sampling_state,
+    set_random_state,
+    under,
+)
+from app.process.ranks import ranks
 from app.resume.held import Held, held_by
 from app.resume.hooks import switch_off
 from app.resume.modes import modes_of, set_modes, set_trained
@@ -50,11 +59,17 @@ class ExactResume(pl.Callback):
         self._weights: dict[str, Any] | None = None
         self._begins_again = False
 
-    def before_made(self) -> None:
-        """Let `train_dataloader` draw what it drew in the fit that is continued."""
+    @contextmanager
+    def making(self) -> Iterator[None]:
+        """Let `train_dataloader` draw what it drew in the fit that is continued, and, made anew
+        within one, what rank 0 draws."""
         if made_from := (self._restored or {}).get("made_from"):
             set_random_state(made_from)
         self._made_from = random_state()
+        is_apart = self._has_started or bool(made_from)  # the ranks began with one state
+        state = ranks().first(sampling_state) if is_apart else {}
+        with under(state) if is_apart and not ranks().is_first else nullcontext():
+            yield
 
     def resumable(self, loaders: Any) -> Any:
         """What `train_dataloader` returned, made to find its place again."""

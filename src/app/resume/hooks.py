@@ -1,6 +1,7 @@
 """What stands in for the methods of the user's model and data, and which hooks are not called."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,7 @@ class DataHooks:
             if owner is not None
         ]
         self._layers: list[Layer] = []
-        self._before: list[Callable[[], None]] = []
+        self._making: Callable[[], AbstractContextManager[None]] = nullcontext
         for name in LOADERS:
             in_data = is_overridden(name, data, pl.LightningDataModule)
             if in_data or is_overridden(name, model):
@@ -53,9 +54,9 @@ class DataHooks:
         """Lay a layer around the training loaders alone."""
         self._layers.append(lambda name, made: change(made) if name == LOADERS[0] else made)
 
-    def before_training(self, act: Callable[[], None]) -> None:
-        """Do something before Lightning is given the training loaders, each time."""
-        self._before.append(act)
+    def while_training_is_made(self, making: Callable[[], AbstractContextManager[None]]) -> None:
+        """Call the training loaders' method within this, where it is Lightning that calls it."""
+        self._making = making
 
     def in_place_of(self, name: str, method: Callable[..., Any]) -> None:
         """Call `method` where the model's own would be called."""
@@ -72,9 +73,8 @@ class DataHooks:
 
     def _served(self, name: str, make: Callable[[], Any]) -> Any:
         is_lightning = asked_by(call.__name__)
-        for act in self._before if is_lightning and name == LOADERS[0] else ():
-            act()
-        made = make()
+        with self._making() if is_lightning and name == LOADERS[0] else nullcontext():
+            made = make()
         for layer in self._layers if is_lightning else ():
             made = layer(name, made)
         return made

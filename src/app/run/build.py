@@ -145,7 +145,7 @@ def build(
     if served is not None:
         hooks.around_training(served)
     resume = ExactResume(parallel[0].fillers if parallel else None)
-    hooks.before_training(resume.before_made)
+    hooks.while_training_is_made(resume.making)
     hooks.around_training(resume.resumable)
     begin = partial(resume.begin_epoch, model, model.on_train_epoch_start)
     hooks.in_place_of("on_train_epoch_start", begin)
