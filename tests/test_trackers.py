@@ -18,7 +18,7 @@ from omegaconf.errors import MissingMandatoryValue
 from app import cli
 from app.errors import RankFailed, Refused
 from app.fit import run
-from app.logger.tracker import JOURNAL, MOST_FAILURES
+from app.logger.tracker import MOST_FAILURES, OF_SWEEPS
 from app.logger.wandb import has_login
 from app.sweep.journal import NAME
 
@@ -183,7 +183,7 @@ def test_two_ranks_are_one_run_and_go_on_with_it_after_a_kill(
 ) -> None:
     sweep = tmp_path / "sweeps/lr"
     sweep.mkdir(parents=True)
-    (sweep / JOURNAL).touch()
+    (sweep / "multirun.yaml").touch()
     two = ("strategy=ddp", "trainer.devices=2", "logger=many", "logger.tensorboard=null")
     kill = (CUT, f"+callbacks.cut.signal={int(signal.SIGKILL)}")
     typed = (*TYPED, *two, *kill, "trainer.log_every_n_steps=1", f"run_dir={sweep}/0")
@@ -204,11 +204,12 @@ def test_two_ranks_are_one_run_and_go_on_with_it_after_a_kill(
     assert {name.rpartition("-")[2] for name in folders} == {before["wandb"]["id"]}
     part = in_wandb(sweep / "0")[-1]  # W&B writes every 15 seconds: before the kill it had not
     assert (part["id"], part["group"], part["exit"]) == (before["wandb"]["id"], "sweeps/lr", 0)
+    assert part["name"] == of_mlflow.info.run_name == "lr/0"
     assert {*part["steps"]} >= {*range(6, 12)}
 
 
 def test_the_folder_of_a_sweep_is_known_by_its_journal() -> None:
-    assert JOURNAL == NAME
+    assert NAME in OF_SWEEPS
 
 
 @pytest.mark.parametrize(

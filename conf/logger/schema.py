@@ -80,7 +80,7 @@ class Wandb:
     entity: str | None = text(instead="type {key}=TEAM, or {key}=null")
     """User or team; null = WANDB_ENTITY, or else the one that is logged in."""
     name: str | None = text(instead="type {key}=mine, or {key}=null")
-    """Of the run; null = one that W&B makes up."""
+    """Of the run; null = its folder, and that of the sweep, if it is a job of one."""
     group: str | None = text(instead="type {key}=mine, or {key}=null")
     """null = WANDB_RUN_GROUP, or else the folder of the sweep, if the run is a job of one."""
     tags: list[str] = MISSING
@@ -106,7 +106,7 @@ class MLFlow:
     experiment_name: str | None = text(instead="type {key}=mine, or {key}=null")
     """null = MLFLOW_EXPERIMENT_NAME, or else the folder that the command was typed in."""
     run_name: str | None = text(instead="type {key}=mine, or {key}=null")
-    """null = one that MLflow makes up."""
+    """Of the run; null = its folder, and that of the sweep, if it is a job of one."""
     group: str | None = text(instead="type {key}=mine, or {key}=null")
     """The tag `group`; null = the folder of the sweep, if the run is a job of one."""
     tags: dict[str, str] = MISSING

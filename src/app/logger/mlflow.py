@@ -22,7 +22,8 @@ class MLFlow(Tracker, MLFlowLogger):
         save_dir: folder of the run.
         tracking_uri: None is MLFLOW_TRACKING_URI, or else mlflow.db in the working directory.
         experiment_name: None is MLFLOW_EXPERIMENT_NAME, or else the name of the working directory.
-        run_name, tags: of the run.
+        run_name: of the run; None is its folder.
+        tags: of the run.
         group: the tag of this name; None is the folder of the sweep.
         checkpoints: whether the checkpoint that is delivered is among the files of the run.
     """
@@ -61,7 +62,7 @@ class MLFlow(Tracker, MLFlowLogger):
                 super().__init__(
                     tracking_uri=self._uri,
                     experiment_name=self._experiment_named,
-                    run_name=run_name,
+                    run_name=run_name or self.run_name,
                     tags={**tags, **({} if group is None else {"group": group})},
                     run_id=known,
                 )

@@ -15,8 +15,8 @@ from app.record.loggers import Nothing
 MOST_FAILURES = 3
 """In a row, after which a tracker is left alone until the end: each may wait for a server."""
 
-JOURNAL = "journal.jsonl"
-"""The file by which the folder of a sweep is known."""
+OF_SWEEPS = ("multirun.yaml", "journal.jsonl")
+"""Files by which the folder of a sweep is known."""
 
 
 class Tracker(Logger):
@@ -94,7 +94,13 @@ class Tracker(Logger):
     def group(self) -> str | None:
         """The last parts of the sweep's folder, where the run is a job of one."""
         sweep = self._folder.absolute().parent
-        return "/".join(sweep.parts[-2:]) if (sweep / JOURNAL).is_file() else None
+        is_one = any((sweep / name).is_file() for name in OF_SWEEPS)
+        return "/".join(sweep.parts[-2:]) if is_one else None
+
+    @property
+    def run_name(self) -> str:
+        """The run's folder; the job's with the sweep's, where the run is a job of one."""
+        return "/".join(self._folder.absolute().parts[-1 if self.group is None else -2 :])
 
     @contextmanager
     def spared(self) -> Iterator[None]:

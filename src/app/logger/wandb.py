@@ -19,7 +19,8 @@ class Wandb(Tracker, WandbLogger):
         save_dir: folder of its files.
         project: None is WANDB_PROJECT, or else the name of the working directory.
         entity: user or team; None is WANDB_ENTITY, or else the one that is logged in.
-        name, tags: of the run.
+        name: of the run; None is its folder.
+        tags: of the run.
         group: None is WANDB_RUN_GROUP, or else the folder of the sweep.
         offline: whether to write files only; None is WANDB_MODE, or else where no login is.
         checkpoints: whether the checkpoint that is delivered is among the files of the run.
@@ -53,7 +54,7 @@ class Wandb(Tracker, WandbLogger):
             save_dir=save_dir,
             project=project or os.environ.get("WANDB_PROJECT") or Path.cwd().name,
             entity=entity,
-            name=name,
+            name=name or self.run_name,
             group=group or os.environ.get("WANDB_RUN_GROUP") or self.group,
             tags=list(tags),
             mode=mode,
