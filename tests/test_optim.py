@@ -211,7 +211,8 @@ REFUSED = {
     "scheduler.frequency=1",
     ("scheduler=custom", f"{TORCH}.OneCycleLR", "+scheduler.max_lr=0.1",
      "optimizer.layer_decay=0.5", "+scheduler.total_steps=total_steps",
-     "scheduler.interval=step"): "scheduler: OneCycleLR gives all groups the rate 0.004, so that their scales have no effect; give it one for each, as "
+     "scheduler.interval=step"): "scheduler: OneCycleLR gives all groups the rate 0.004, so that "
+    "their scales have no effect; give it one for each, as "
     "'+scheduler.max_lr=[0.1,0.05]', or use scheduler=onecycle",
     ("scheduler=custom", f"{TORCH}.CosineAnnealingLR", "+scheduler.T_max=total_epochs",
      "trainer.max_epochs=null", "trainer.max_steps=5"): "scheduler needs the number of epochs, "

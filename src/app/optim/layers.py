@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from importlib import import_module
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 STACKS = (nn.ModuleList, nn.Sequential)
 
@@ -47,7 +48,7 @@ def _of_stacks(model: nn.Module) -> dict[str, int]:
 def _blocks(module: nn.Module, path: str, *, is_inside: bool) -> Iterator[str]:
     """How the names of the parameters of each block begin; a stack in a stack is its blocks."""
     children = [(f"{path}{name}.", child) for name, child in module.named_children()]
-    children = [(name, child) for name, child in children if any(True for _ in child.parameters())]
+    children = [(name, child) for name, child in children if any(map(_is_wide, child.parameters()))]
     is_stack = isinstance(module, STACKS) and len(children) > len({type(c) for _, c in children})
     for name, child in children:
         if is_stack:
@@ -55,3 +56,8 @@ def _blocks(module: nn.Module, path: str, *, is_inside: bool) -> Iterator[str]:
             yield from list(inner) or [name]
         elif not is_inside or isinstance(child, STACKS):
             yield from _blocks(child, name, is_inside=is_inside)
+
+
+def _is_wide(parameter: nn.Parameter) -> bool:
+    """Whether it may be of a layer of its own: a norm in a stack goes with the next one."""
+    return is_lazy(parameter) or parameter.ndim > 1
