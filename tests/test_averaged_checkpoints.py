@@ -530,14 +530,16 @@ def test_an_average_costs_no_room_in_the_file_beside_the_raw_weights(tmp_path: P
     assert (tmp_path / "epoch=2.ckpt").stat().st_size == pytest.approx(2 * num_bytes, rel=0.01)
 
 
-def test_a_trainer_that_would_write_the_raw_weights_is_refused(tmp_path: Path) -> None:
-    trainer = pl.Trainer(callbacks=[ema()], accelerator="cpu", logger=False, max_epochs=1)
-    with pytest.raises(ValueError, match="averaging needs") as error:
+def test_a_trainer_of_lightnings_own_writes_the_same_checkpoints(tmp_path: Path) -> None:
+    files = {}
+    for kind in (AveragingTrainer, pl.Trainer):
+        keep = ModelCheckpoint(tmp_path / kind.__name__, save_last=True)
+        trainer = kind(callbacks=[ema(), keep], accelerator="cpu", logger=False, max_epochs=2)
         trainer.fit(Lit(), data())
-    assert str(error.value) == (
-        "averaging needs an app.averaging.AveragingTrainer, got Trainer, which would write the raw "
-        "weights into its checkpoints; derive it from that class"
-    )
+        files[kind] = torch.load(keep.last_model_path, weights_only=True)
+    ours, theirs = files.values()
+    for key in ("state_dict", "raw", "averages"):
+        assert_equal(ours[key], theirs[key], key)
 
 
 # ------------------------------------------------------------------------------ every preset, alike
