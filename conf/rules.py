@@ -157,11 +157,12 @@ def run_name(value: Any) -> str:
     return str(value)
 
 
-def demo(ours: Any, theirs: Any, *, _root_: Any) -> Any:
-    """The value that goes with the models of this project, or with one of the user's own.
+def demo(ours: Any, *others: Any, _root_: Any) -> Any:
+    """The value that goes with the models of this project, or another with one of the user's own.
 
     Asked in a list of defaults, the model is the name of a preset.
     """
+    theirs = others[0] if others else ours
     model = _root_.get("model")
     if not isinstance(model, str):
         model = None if model is None else model.get("_target_", "")

@@ -49,6 +49,9 @@ class Train:
     """Whether to train; false ends after the finders."""
     tuned: str | None = text(instead="type {key}=runs/NAME/tuned.yaml, or {key}=null")
     """A tuned.yaml whose overrides to use instead of a search."""
+    extend: bool | str = False
+    """true goes on with a finished run of this name to a larger trainer.max_epochs or max_steps, as
+    if it had been as long from its start; relay lays out its schedules anew over that length."""
     init_from: str | None = text(instead="type {key}=runs/NAME, or {key}=null")
     """Weights to begin from: a run's folder, for those that it delivers, or a file of weights."""
     init_weights: InitWeights | None = None
@@ -96,6 +99,10 @@ class Train:
             self.fit or self.objective is None,
             f"fit must be true with objective={self.objective}, got {self.fit}; type "
             "objective=null",
+        )
+        require(
+            self.extend in (True, False, "relay"),
+            f"extend must be true, false or relay, got {self.extend}; type extend=true",
         )
         _check_begin(self)
         check_combinations(self)

@@ -212,7 +212,8 @@ def test_a_check_imports_neither_torch_nor_lightning_and_leaves_no_folder(tmp_pa
 def test_an_optimizer_for_a_model_that_steps_its_own_is_refused(
     checked: Callable[..., Any],
 ) -> None:
-    config = checked("model=custom", "model._target_=theirs.TwoOptimizers")
+    config = checked("model=custom", "model._target_=theirs.TwoOptimizers",
+                     "optimizer=sgd")  # fmt: skip
     with pytest.raises(ValueError, match="optimizer") as refusal:
         build(config, [])
     assert str(refusal.value) == (

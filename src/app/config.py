@@ -37,7 +37,7 @@ DDP = "app.strategy.ddp"
 """The strategies, by `_target_`, in which a rank holds a whole model."""
 
 OF_THE_COMMAND = ("name", "resume", "run_dir", "tuned", "fit", "launch", "objective", "direction",
-                  "sweep")  # fmt: skip
+                  "sweep", "extend")  # fmt: skip
 """Keys and groups that may differ between two commands of the same run."""
 
 

@@ -13,6 +13,7 @@ from omegaconf.errors import InterpolationResolutionError
 from app.begin import defaults, links
 from app.begin.defaults import GROUPS, is_of_user, unsaid
 from app.begin.links import are_typed, known_by, links_of
+from app.begin.longer import RELAY, extension, reopen
 from app.begin.source import source_of
 from app.cli import shipped_targets
 from app.config import (
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from app.screen.start import StartTable
 
 
-KEPT = ("init_from",)
+KEPT = ("init_from", "extended")
 """What a result.json says of how the run began, also when it is continued."""
 
 
@@ -197,7 +198,15 @@ def prepare(config: Config, folder: RunFolder) -> dict[str, Any]:
             folder.remove_if_empty()
             raise
     tuned = recalled(config, folder)
-    folder.refuse_changes(config.changed(tuned or {}).plain)
+    longer = {}
+    if config.extend:
+        longer = extension(config.changed(tuned or {}).plain, folder, how=config.extend)
+    if longer:
+        said = "  ".join(f"{key} {old} -> {new}" for key, (old, new) in longer.items())
+        print(f"extending {folder.path}: {said}", flush=True)
+        reopen(folder, longer, how=config.extend)
+    else:
+        folder.refuse_changes(config.changed(tuned or {}).plain)
     result = folder.read_result()
     has_ended = result is not None and State(result["status"]).is_done
     return {"result": result if has_ended else None, "tuned": tuned}
@@ -249,6 +258,7 @@ def search_and_train(
 def train(config: Config, folder: RunFolder) -> dict[str, Any]:
     """Fit and test; returns the content of result.json, which is written also on a failure."""
     with importing():
+        from app.begin.relaid import Relaid
         from app.logger.tracking import Tracking
         from app.record.result import Record, draw_curves
         from app.run.build import seed_all, technique_settings
@@ -267,7 +277,8 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
         with record.phase("build"):
             pruning = pruning_of(config)
             begins = config if checkpoint is None else config.but(init_from=None)
-            run = built(begins, [start, tracking, *pruning, StopsOnSignal()])
+            relaid = [Relaid(lays_out=config.extend == RELAY)] if config.extend else []
+            run = built(begins, [start, tracking, *relaid, *pruning, StopsOnSignal()])
             given_back.callback(run.hooks.release)
         start.beside.append(lambda: defaults.rows(config.composed))
         told = links_of(config.composed)
