@@ -44,10 +44,10 @@ from app.config import check
 from app.errors import Refused
 from app.evaluate import main as evaluate
 from app.fit import objective, run
+from app.pictures.curves import draw_curves
 from app.process.targets import refuse_targets
 from app.record.loggers import MetricsCsv, NoLogger, read_metrics
 from app.record.names import counterpart, stage_of, stem
-from app.record.result import draw_curves
 from app.record.trials import may_be_reported
 from app.report.__main__ import main as report_command
 from app.report.curves import panels
@@ -476,7 +476,7 @@ def test_be_slash_what_is_measured_of_one_thing_shares_a_panel(
     )
     titles: list[str] = []
     monkeypatch.setattr(Axes, "set_title", lambda self, title, **_: titles.append(title))
-    draw_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
+    draw_curves(tmp_path / "metrics.csv", tmp_path / "curves.png", {})
     assert titles == ["loss", "lr"]
 
 

@@ -17,7 +17,7 @@ FLOORS = (
      "precision", "sharing", "strategy"},
     {"logger", "record", "resume", "screen"},
     {"begin"},
-    {"run"},
+    {"pictures", "run"},
     {"stop", "throwaway"},
     {"tuner"},
     {"launch"},

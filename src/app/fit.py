@@ -260,7 +260,8 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
     with importing():
         from app.begin.relaid import Relaid
         from app.logger.tracking import Tracking
-        from app.record.result import Record, draw_curves
+        from app.pictures.curves import draw_curves
+        from app.record.result import Record
         from app.run.build import seed_all, technique_settings
         from app.run.checkpoint import newest_intact
         from app.run.measured import tested
@@ -270,7 +271,8 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
     before = folder.read_result() or {}
     record = Record(config.plain, folder, writes=is_first)
     record.content |= {name: before[name] for name in KEPT if name in before}
-    start = StartTable(config.plain | technique_settings(config))
+    record.content["continued_after"] = before.get("continued_after", [])
+    start = StartTable(config.plain | technique_settings(config), record.note_continued)
     tracking = Tracking(config.plain, folder.path, lambda: facts(start, record.content))
     with tracking.told(record.content), record.kept(), ExitStack() as given_back:
         checkpoint = ranks().first(lambda: str(newest_intact(folder.checkpoints) or "")) or None
@@ -330,7 +332,9 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
         if is_first:
             with record.phase("curves"):
                 try:
-                    draw_curves(folder.path / "metrics.csv", folder.path / "curves.png")
+                    draw_curves(
+                        folder.path / "metrics.csv", folder.path / "curves.png", record.content
+                    )
                 except OSError as error:  # a picture does not fail a run
                     print(f"no curves are drawn: {error}")
     if is_first:

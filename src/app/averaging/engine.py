@@ -28,7 +28,8 @@ from app.errors import Refused
 from app.parallel.data_parallel import make_buffers_alike
 from app.parallel.sharded import Sharded
 
-STATE = ("num_steps", "num_updates", "moved", "ended_epoch", "norms_stale", "shared")
+STATE = ("num_steps", "num_updates", "moved", "ended_epoch", "norms_stale", "shared",
+         "began_after")  # fmt: skip
 """What a checkpoint holds of an average beside its tensors."""
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class Averaging(pl.Callback):
         self._first_epoch: int | None = None
         self._num_steps = 0
         self._num_updates = 0
+        self._began_after: int | None = None
         self._stepped = False  # in this batch
         self._moved = False  # since the last update
         self._ended_epoch = -1
@@ -145,6 +147,11 @@ class Averaging(pl.Callback):
         """Whether there is an average, which is then what the run delivers."""
         return self._num_updates > 0
 
+    @property
+    def began_after(self) -> int | None:
+        """The optimizer step after which the first weights went into the average, from 1."""
+        return self._began_after
+
     def step_metrics(self) -> dict[str, float]:
         """The number of models in the average."""
         return {"averaged_models": float(self._num_updates)}
@@ -213,7 +220,7 @@ class Averaging(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name in STATE:
-            setattr(self, f"_{name}", state_dict[name])
+            setattr(self, f"_{name}", state_dict.get(name))
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, f"_{name}") for name in STATE}
@@ -374,6 +381,8 @@ class Averaging(pl.Callback):
         elif self._scan_due:
             self._shadow.scan()
             self._note_norms(pl_module)
+        if self._num_updates == 0:
+            self._began_after = self._num_steps
         self.update(self._shadow, num_updates=self._num_updates)
         self._scan_due, self._moved = False, False
         self._num_updates += 1

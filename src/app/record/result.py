@@ -1,14 +1,12 @@
-"""What a run leaves: result.json and curves.png."""
+"""What a run leaves: result.json."""
 
 import platform
-import re
 import subprocess
 import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from app import DISTRIBUTION
@@ -16,8 +14,6 @@ from app.config import config_hash
 from app.process.requeue import slurm_job
 from app.process.tracebacks import in_a_line
 from app.record.folder import RunFolder
-from app.record.loggers import read_metrics
-from app.record.names import stage_of, stem
 from app.record.states import SLURM_JOB, State
 
 
@@ -43,6 +39,7 @@ class Record:
             **({} if (debug := config.get("debug")) is None else {"debug": debug}),
             "seconds": self._seconds,
             **({} if (job := slurm_job()) is None else {SLURM_JOB: job}),
+            "continued_after": [],
             "git_commit": git_commit(),
             "versions": versions(),
         }
@@ -73,6 +70,11 @@ class Record:
         if self._writes:
             self._folder.write_result(self.content)
 
+    def note_continued(self, step: int) -> None:
+        """Note after which optimizer step a run goes on that was cut."""
+        self.content["continued_after"] = sorted({*self.content["continued_after"], step})
+        self.write()
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure the seconds of a phase of the run."""
@@ -100,48 +102,3 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()
-
-
-def _panel(name: str) -> str:
-    """Of `train_loss_step`, which Lightning makes of `train_loss`, the same."""
-    what = stem(name)
-    return re.sub("_(step|epoch)$", "", what) if stage_of(name) else what
-
-
-def draw_curves(metrics_csv: Path, png: Path) -> None:
-    """Draw every metric of a run over its optimizer steps; nothing where none was logged."""
-    rows = read_metrics(metrics_csv)
-    names = sorted({name for row in rows for name in row} - {"step", "logged_step", "epoch"})
-    # train_loss and val/loss share the panel "loss"
-    panels: dict[str, list[str]] = {}
-    for name in names:
-        panels.setdefault(_panel(name), []).append(name)
-    if not panels:
-        return
-    from matplotlib.figure import Figure
-
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    width, height = 5 * columns, 3 * lines
-    figure = Figure(figsize=(width, height))
-    # inches and titles, by hand: placing them draws everything twice
-    figure.subplots_adjust(
-        left=0.6 / width,
-        right=1 - 0.2 / width,
-        bottom=0.5 / height,
-        top=1 - 0.4 / height,
-        wspace=0.2,
-        hspace=0.45,
-    )
-    for place, (title, members) in enumerate(sorted(panels.items()), 1):
-        panel = figure.add_subplot(lines, columns, place)
-        for name in members:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            panel.plot(
-                *zip(*points, strict=True), label=name, marker="." if len(points) < 3 else ""
-            )
-        panel.set_title(title if len(members) > 1 else members[0], y=1.0)
-        panel.set_xlabel("optimizer step")
-        if len(members) > 1:
-            panel.legend()
-    figure.savefig(png, pil_kwargs={"compress_level": 1})

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from app.pictures.look import COLORS, STYLE, make_logarithmic
 from app.process.files import read_steps, skipped
 from app.record.names import counterpart, stage_of
 from app.report.metric import is_a_loss
@@ -22,9 +23,6 @@ MOST_LINES = 8
 MOST_CHARACTERS = 80
 LEAST_RATIO = 4.0
 """Of the highest to the lowest loss, from which on the axis is logarithmic."""
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
-"""Of Okabe and Ito, told apart by everyone, and on light and dark ground."""
-STYLE = Path(__file__).with_suffix(".mplstyle")
 THEMES = {"light": ("#1c2024", "#d5d9de", "#ffffff"), "dark": ("#e6e8eb", "#3a4047", "#16191d")}
 """Ink, muted ink and ground."""
 
@@ -141,7 +139,6 @@ def draw(panel: Panel, *, theme: str, has_legend: bool) -> bytes:
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
     ink, muted, ground = THEMES[theme]
     look: dict[Any, str] = dict.fromkeys(
@@ -164,10 +161,7 @@ def draw(panel: Panel, *, theme: str, has_legend: bool) -> bytes:
                 axes.fill_between(line.steps, line.low, line.high, color=color, alpha=0.16, lw=0)
         axes.locator_params(axis="x", integer=True, nbins=7)
         if _is_steep(panel):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            make_logarithmic(axes.yaxis, (y for line in panel.lines for y in line.low))
         if has_legend:
             figure.legend(handles=axes.lines, loc="lower left", bbox_to_anchor=(0.45 / width, 0.02))
         figure.savefig(file, format="png")

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 
+from app.pictures.look import COLORS
 from app.process.files import read_bytes
-from app.report.curves import COLORS, Panel
+from app.report.curves import Panel
 from app.report.markup import Markup, element, joined
 from app.report.page_table import badge, rows_table, tuned
 from app.report.reading import StoredRun, tried

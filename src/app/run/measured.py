@@ -92,6 +92,7 @@ def measured(
     metrics        those of the delivered checkpoint, and others as they were measured last
     metrics_of     of each of them, where it was measured
     last_metrics   all as they were measured last
+    averaged_after the optimizer step after which the average began, where there is one
 
     Args:
         before: what was measured before the fit was continued.
@@ -116,7 +117,9 @@ def measured(
             )
             metrics[name] = value
             of[name] = _where(on, kept, "raw" if is_raw else "averaged", noted)
-    return {"metrics": metrics, "metrics_of": of, "last_metrics": last}
+    began = next((one.began_after for one in averages_of(trainer)), None)
+    begun = {} if began is None else {"averaged_after": began}
+    return {"metrics": metrics, "metrics_of": of, "last_metrics": last, **begun}
 
 
 def tested(trainer: pl.Trainer, checkpoint: str | None) -> Where:

@@ -21,15 +21,22 @@ from app.parallel.split import micro_batch_size, samples_of_epoch, share_of
 class StartTable(pl.Callback):
     """Prints what is on when training starts: techniques, effective batch, optimizer steps.
 
+    Args:
+        on_continue: is told the optimizer step after which a run goes on.
+
     Attributes:
+        batch: sizes, for result.json.
         beside: what makes further rows.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], on_continue: Callable[[int], None] | None = None
+    ) -> None:
         self.beside: list[Callable[[], list[tuple[str, str]]]] = []
         self.batch: dict[str, Any] = {}
         self.num_parameters: int | None = None
         self._config = dict(config)
+        self._on_continue = on_continue
         self._num_parameters = 0
         self._lazy: list[torch.nn.Parameter] = []
 
@@ -81,6 +88,8 @@ class StartTable(pl.Callback):
         ]
         rows += [row for make in self.beside for row in make()]
         if trainer.global_step:
+            if self._on_continue is not None:
+                self._on_continue(trainer.global_step)
             rows.append(("continues", f"after optimizer step {trainer.global_step}"))
         print("\n".join(f"{name:<12}{text}" for name, text in rows), flush=True)
 

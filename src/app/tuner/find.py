@@ -130,7 +130,7 @@ def find_batch_size(config: Config, folder: Path) -> Finding:
     if said:
         say(f"tuner: {said}")
     if ranks().is_first:
-        draw_batch_size(answer, key=key, path=folder / "batch_size")
+        draw_batch_size(answer, reason=reason, key=key, path=folder / "batch_size")
     provenance = {"trials": len(answer.trials), "reason": reason, "changes": said}
     return {key: answer.size, **others}, {"batch_size": provenance}, answer.complete
 

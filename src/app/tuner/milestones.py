@@ -125,7 +125,7 @@ class BatchSizeAtMilestones(pl.Callback):
             raise KeyboardInterrupt
         say(f"tuner: epoch {epoch}: {self._key}={answer.size}: {reason}")
         path = Path(self._config.run_dir) / f"batch_size_epoch_{epoch}"
-        draw_batch_size(answer, key=self._key, path=path)
+        draw_batch_size(answer, reason=reason, key=self._key, path=path)
         self._serve(trainer, answer.size)
 
     def on_save_checkpoint(

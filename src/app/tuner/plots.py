@@ -4,8 +4,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
+from app.pictures import finders
 from app.tuner.lr_rules import Suggestion, beta_for, smooth
 from app.tuner.search import Answer
 
@@ -28,23 +27,20 @@ def draw_lr(
             [lr, loss, mean, ""] for lr, loss, mean in zip(visited, losses, smoothed, strict=True)
         )
         writer.writerows([lr, "", "", rule] for rule, lr in found.by_rule.items())
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(visited, losses, color="0.8", label="loss")
-    axes.plot(visited, smoothed, color="C0", label="smoothed")
-    for position, (rule, lr) in enumerate(found.by_rule.items()):
-        if lr is not None:
-            width = 2.5 if lr == found.lr else 1.0
-            axes.axvline(lr, color=f"C{position + 1}", linewidth=width, label=f"{rule} {lr:.2g}")
-    axes.set(xscale="log", xlabel=key, ylabel="loss", title="doubtful" if found.doubt else "")
-    low, high = min(smoothed), max(smoothed[: max(2, len(smoothed) // 2)])
-    axes.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low) or None)
-    axes.legend()
-    figure.savefig(path.with_suffix(".png"))
+    finders.draw_lr(
+        visited,
+        losses,
+        smoothed,
+        rules=found.by_rule,
+        chosen=found.lr,
+        doubt=found.doubt,
+        key=key,
+        png=path.with_suffix(".png"),
+    )
 
 
-def draw_batch_size(answer: Answer, *, key: str, path: Path) -> None:
-    """Write `path`.csv (a line per trial) and `path`.png."""
+def draw_batch_size(answer: Answer, *, reason: str, key: str, path: Path) -> None:
+    """Write `path`.csv (a line per trial) and, where anything was measured, `path`.png."""
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["size", "fits", "peak_bytes", "samples_per_s"])
@@ -53,20 +49,17 @@ def draw_batch_size(answer: Answer, *, key: str, path: Path) -> None:
     fitting = sorted((t for t in answer.trials if t.fits), key=lambda trial: trial.size)
     measured: dict[str, list[tuple[int, float]]] = {
         "samples / s": [(t.size, t.samples_per_s) for t in fitting if t.samples_per_s is not None],
-        "peak memory, bytes": [(t.size, t.peak_bytes) for t in fitting if t.peak_bytes is not None],
+        "peak memory, GiB": [
+            (t.size, t.peak_bytes / 2**30) for t in fitting if t.peak_bytes is not None
+        ],
     }
     shown = {label: points for label, points in measured.items() if points}
-    if not shown:
-        return
-    figure = Figure(figsize=(6 * len(shown), 4), layout="constrained")
-    panels = figure.subplots(1, len(shown), squeeze=False).flat
-    for axes, (label, points) in zip(panels, shown.items(), strict=True):
-        sizes, values = zip(*points, strict=True)
-        axes.plot(sizes, values, marker="o")
-        for trial in answer.trials:
-            if not trial.fits:
-                axes.axvline(trial.size, color="C3", linestyle=":")
-        axes.axvline(answer.size, color="C1", label=f"answer {answer.size}")
-        axes.set(xscale="log", xlabel=key, ylabel=label)
-        axes.legend()
-    figure.savefig(path.with_suffix(".png"))
+    if shown:
+        finders.draw_batch_size(
+            shown,
+            refused=[trial.size for trial in answer.trials if not trial.fits],
+            size=answer.size,
+            reason=reason,
+            key=key,
+            png=path.with_suffix(".png"),
+        )
