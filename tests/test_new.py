@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
 from app import cli, new
@@ -65,6 +66,18 @@ def test_of_two_presets_with_one_name_the_projects_is_taken(
 ) -> None:
     (shapes / "conf/clip/gentle.yaml").rename(shapes / "conf/clip/norm.yaml")
     assert composed("clip=norm").clip.max_norm == 5
+
+
+def test_a_wrong_key_in_a_preset_is_told_as_one_that_is_typed(
+    shapes: Path, composed: Callable[..., DictConfig]
+) -> None:
+    (shapes / "conf/experiment/bad.yaml").write_text(
+        "# @package _global_\ntrainr: {max_epochs: 3}\n"
+    )
+    with pytest.raises(ConfigCompositionException) as raised:
+        composed("experiment=bad")
+    said = cli.explain(raised.value)
+    assert said == "In 'experiment/bad': trainr is not a key; did you mean trainer?"
 
 
 PYPROJECTS = {

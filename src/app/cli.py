@@ -307,6 +307,9 @@ def _explained(error: BaseException, words: Sequence[str]) -> str | None:
         return f"{error.full_key}: {_lower_first(error)}"
     if isinstance(error, of_hydra.MissingConfigException) and error.missing_cfg_file:
         return _unknown_preset(error)
+    if isinstance(error, of_hydra.ConfigCompositionException) and error.__cause__ is None:
+        of_file = error.__context__ and _explained(error.__context__)  # Hydra keeps its text only
+        return f"{str(error).partition(':')[0]}: {of_file}" if of_file else None
     if isinstance(error, of_hydra.OverrideParseException):
         return (
             f"{error.override} cannot be read: {_lower_first(error)}; put what Hydra's grammar "
