@@ -31,25 +31,26 @@ MADE = "app app.cli app.errors app.process app.process.tracebacks app.run"
 """Ours, of what makes a project."""
 
 CHECKED = """
-app.begin app.begin.defaults app.begin.links app.begin.source app.fit app.launch app.launch.start
-app.process.asked app.process.files app.process.imports app.process.ranks app.process.requeue
-app.process.targets app.record app.record.folder app.record.states app.tuner app.tuner.answers
-app.tuner.keys
+app.begin app.begin.defaults app.begin.links app.begin.longer app.begin.source app.fit app.launch
+app.launch.start app.process.asked app.process.files app.process.imports app.process.ranks
+app.process.requeue app.process.targets app.record app.record.folder app.record.states app.tuner
+app.tuner.answers app.tuner.keys
 """
 """Ours, of a command that checks one, beside those."""
 
 TRAINED = """
 app.accumulate app.averaging app.averaging.apart app.averaging.engine app.averaging.files
 app.averaging.norms app.averaging.rules app.averaging.shadow app.averaging.validation
-app.begin.weights app.blocks app.clip app.data app.data.in_memory app.data.mnist1d app.logger
-app.logger.mlflow app.logger.tensorboard app.logger.tracker app.logger.tracking app.logger.wandb
-app.models app.models.classifier app.models.cnn1d app.optim app.optim.due app.optim.groups
-app.optim.layers app.optim.optimizers app.optim.schedules app.parallel.data_parallel
-app.parallel.sharded app.parallel.split app.precision app.process.intact app.process.random_state
-app.record.loggers app.record.metrics app.record.names app.record.result app.resume app.resume.exact
-app.resume.held app.resume.hooks app.resume.modes app.resume.position app.resume.unfinished
-app.run.beside app.run.build app.run.checkpoint app.run.measured app.run.progress app.run.raw
-app.run.top app.run.trainer app.screen app.screen.start app.stop app.stop.signals app.strategy
+app.begin.relaid app.begin.weights app.blocks app.clip app.data app.data.in_memory app.data.mnist1d
+app.logger app.logger.mlflow app.logger.tensorboard app.logger.tracker app.logger.tracking
+app.logger.wandb app.models app.models.classifier app.models.cnn1d app.optim app.optim.due
+app.optim.groups app.optim.layers app.optim.optimizers app.optim.schedules
+app.parallel.data_parallel app.parallel.sharded app.parallel.split app.pictures app.pictures.curves
+app.pictures.look app.precision app.process.intact app.process.random_state app.record.loggers
+app.record.metrics app.record.names app.record.result app.resume app.resume.exact app.resume.held
+app.resume.hooks app.resume.modes app.resume.position app.resume.unfinished app.run.beside
+app.run.build app.run.checkpoint app.run.measured app.run.progress app.run.raw app.run.top
+app.run.trainer app.screen app.screen.start app.stop app.stop.signals app.strategy
 """
 """Ours, of the default run, beside those."""
 

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
     from app.run.build import Run
-    from app.stop.pruning import PrunesTrial
     from app.screen.start import StartTable
+    from app.stop.pruning import PrunesTrial
 
 
 KEPT = ("init_from", "extended")
@@ -265,8 +265,8 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
         from app.run.build import seed_all, technique_settings
         from app.run.checkpoint import newest_intact
         from app.run.measured import tested
-        from app.stop.signals import StopsOnSignal
         from app.screen.start import StartTable
+        from app.stop.signals import StopsOnSignal
     is_first = ranks().is_first
     before = folder.read_result() or {}
     record = Record(config.plain, folder, writes=is_first)

@@ -26,8 +26,8 @@ from app.record.loggers import NoLogger
 from app.run.build import Run, build, build_callbacks, build_techniques
 from app.run.checkpoint import Kept
 from app.run.progress import EpochLines
-from app.stop.signals import Listens
 from app.run.trainer import Trainer
+from app.stop.signals import Listens
 
 OURS = ("checkpoint", "early_stopping", "progress")
 """Callbacks of the configuration that no search needs, by their names."""
