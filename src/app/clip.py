@@ -285,6 +285,7 @@ class Clip(Callback, ABC):
         if zeroed:
             zero_nonfinite_(grads)
             norm, clip = self.measure(position, params, grads)
+        norm = float(norm)  # a rule of the user's may give a tensor
         if not math.isfinite(norm):
             if self.nonfinite == "error" and scaler is None:
                 raise FloatingPointError(_report(norm, trainer.global_step, pl_module, params))

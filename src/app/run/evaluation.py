@@ -132,10 +132,11 @@ def evaluate(config: Config, folder: RunFolder, *, stage: str, checkpoint: Path)
             build_trainer,
             data_with,
             seed_all,
+            technique_settings,
         )
         from app.run.checkpoint import Kept
 
-    refuse_targets(config.plain)
+    refuse_targets(config.plain | technique_settings(config))
     model, data = build_model_and_data(config)
     callbacks = build_callbacks({**(config.plain["callbacks"] or {}), "checkpoint": None})
     callbacks.append(Kept(dirpath=str(folder.checkpoints)))
