@@ -16,7 +16,7 @@ from app.record.folder import RunFolder
 OWN = ("model=custom", "model._target_=theirs.LitModel", "data=custom",
        "data._target_=theirs.LitData", "callbacks.progress=null", "logger=csv",
        "trainer.accelerator=cpu")  # fmt: skip
-EXACT = {
+EXACT: dict[str, tuple[str, ...]] = {
     "plain": (),
     "a memory of given length": ("averaging=ema", "averaging.decay=0.9"),
     "averaging from an epoch on": ("averaging=swa", "averaging.start=1"),
@@ -37,19 +37,27 @@ def last(folder: Path) -> Any:
     return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
 
 
-@pytest.mark.parametrize("name", EXACT)
+IN_EPOCHS = ("trainer.max_epochs=2", "trainer.max_epochs=4")
+LENGTHS = {
+    **dict.fromkeys(EXACT, IN_EPOCHS),
+    "to the middle of an epoch": ("trainer.max_steps=9", "trainer.max_steps=15"),
+    "to the end of one": ("trainer.max_steps=12", "trainer.max_steps=15"),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
 def test_a_longer_run_is_as_if_it_had_been_so_from_its_start(
     composed: Any, tmp_path: Path, name: str
 ) -> None:
-    typed = EXACT[name]
-    whole = ended(composed, tmp_path / "whole", *typed, "trainer.max_epochs=4")
-    first = ended(composed, tmp_path / "run", *typed)
-    longer = (*typed, "trainer.max_epochs=4", "extend=true")
+    typed, (short, long) = EXACT.get(name, ("trainer.max_epochs=null",)), LENGTHS[name]
+    whole = ended(composed, tmp_path / "whole", *typed, long)
+    first = ended(composed, tmp_path / "run", *typed, short)
+    longer = (*typed, long, "extend=true")
     result = ended(composed, tmp_path / "run", *longer)
     one, other = last(tmp_path / "whole"), last(tmp_path / "run")
     assert {key for key in one if not is_same(one[key], other[key])} <= {"callbacks"}
     assert result["metrics"] == whole["metrics"]
-    assert result["extended"][0]["trainer.max_epochs"] == [2, 4]
+    assert result["extended"][0]["epochs"] == first["epochs"]
     assert json.loads((tmp_path / "run/result.1.json").read_text()) == first
     assert ended(composed, tmp_path / "run", *longer) == result  # finished: left alone
     rows = [(tmp_path / f"{folder}/metrics.csv").read_text() for folder in ("whole", "run")]

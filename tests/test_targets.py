@@ -52,7 +52,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a missing argument": (
         {"model": {"_target_": "leaves_not.Model"}},
-        "model.width is required by leaves_not.Model; type +model.width=VALUE",
+        "model.width is required by leaves_not.Model; type model.width=VALUE",
     ),
     "too many positions": (
         {"callbacks": {"mine": {"_target_": MONITOR, "_args_": [1, 2, 3, 4]}}},

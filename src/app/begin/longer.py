@@ -49,16 +49,31 @@ def _refuse_other_end(before: Mapping[str, Any], folder: RunFolder) -> None:
     if not State(result.get("status", State.interrupted)).is_done:
         return
     trainer = before["trainer"]
-    done = [
-        trainer.get(key) is not None and result.get(name, 0) >= trainer[key]
-        for key, name in (("max_epochs", "epochs"), ("max_steps", "optimizer_steps"))
-    ]
-    if not any(done) or result["status"] == State.pruned:
+    by_epochs = trainer.get("max_epochs") is not None and result["epochs"] >= trainer["max_epochs"]
+    if ended_by_steps(before, result):
+        if not (folder.checkpoints / "previous.ckpt").is_file():
+            raise Refused(
+                f"extend: {folder.path} was ended by trainer.max_steps={trainer['max_steps']} with "
+                "no checkpoint from before; begin a run of another name= with "
+                f"init_from={folder.path}"
+            )
+    elif not by_epochs or result["status"] == State.pruned:
         raise Refused(
             f"extend: {folder.path} is {result['status']} after {result.get('epochs')} epochs, and "
             "it was not its length that ended it: longer it would have ended there too; begin a "
             f"run of another name= with init_from={folder.path}"
         )
+
+
+def ended_by_steps(before: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+    """Whether a finished run has made as many optimizer steps as it was to make.
+
+    Lightning then ends the epoch where it stands: the checkpoint before is inside of it, or at the
+    end of the one before.
+    """
+    steps = before["trainer"].get("max_steps")
+    is_done = State(result.get("status", State.interrupted)).is_done
+    return is_done and steps is not None and result["optimizer_steps"] >= steps
 
 
 def of_length(config: Mapping[str, Any]) -> list[str]:
@@ -89,6 +104,11 @@ def reopen(folder: RunFolder, lengths: Mapping[str, Any], *, how: bool | str) ->
     if State(result["status"]).is_done:
         write_json(kept, result)
         note["result"] = kept.name
+    if ended_by_steps(folder.read_config() or {"trainer": {}}, result):
+        part = folder.checkpoints / "last.ckpt.part"
+        part.unlink(missing_ok=True)
+        part.hardlink_to(folder.checkpoints / "previous.ckpt")
+        part.replace(folder.checkpoints / "last.ckpt")
     status = State.interrupted if State(result["status"]).is_done else result["status"]
     extended = [*result.get("extended", []), note]
     folder.write_result({**result, "status": status, "extended": extended})

@@ -58,6 +58,7 @@ class ExactResume(pl.Callback):
         self._restored: dict[str, Any] | None = None
         self._weights: dict[str, Any] | None = None
         self._begins_again = False
+        self._max_steps: int | None = None
 
     @contextmanager
     def making(self) -> Iterator[None]:
@@ -128,8 +129,20 @@ class ExactResume(pl.Callback):
         self._restore_positions()
         self._begins_again = has_begun
         self._weights = checkpoint["state_dict"]
+        steps = trainer.max_steps
+        if trainer.state.fn == "fit" and checkpoint["global_step"] < steps:
+            self._max_steps = steps
+            if trainer.strategy.restore_checkpoint_after_setup:
+                self._hide_max_steps(trainer)
+
+    def _hide_max_steps(self, trainer: pl.Trainer) -> None:
+        """Let Lightning restore its loops as in a fit without a number of steps: in one with it, it
+        takes an epoch that has ended for one that goes on."""
+        trainer.fit_loop.epoch_loop.max_steps = -1
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._max_steps is not None:
+            self._hide_max_steps(trainer)
         weights, self._weights = self._weights, None
         if weights is not None and trainer.precision == "64-true":
             # Lightning has loaded them before the model was of that precision
@@ -139,6 +152,8 @@ class ExactResume(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._has_started = True
+        if self._max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
         restored, self._restored = self._restored, None
         self._held = held_by(pl_module)
         if restored is None:
