@@ -5,6 +5,7 @@ import ast
 import atexit
 import difflib
 import errno
+import fnmatch
 import gc
 import hashlib
 import os
@@ -14,7 +15,9 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,16 +53,22 @@ def main(
         completed: adds to a configuration that `--cfg job` shows what classes of the user's say.
     """
     make_streams_safe()
-    arguments = sys.argv[1:]
-    if arguments == ["-sc", "install=bash"]:
-        print(Path(__file__).with_name("completion.bash").read_text(), end="")
+    words = [NAN.sub('"nan"', w) if w[:6] == "debug=" else w for w in sys.argv[1:]]
+    arguments = sys.argv[1:] = over_ones_own(together(words))
+    if arguments in [["-sc", f"install={shell}"] for shell in SHELLS]:
+        name = f"completion.{arguments[1].partition('=')[2]}"
+        print(Path(__file__).with_name(name).read_text(), end="")
         return
-    arguments = [NAN.sub('"nan"', w) if w[:6] == "debug=" else w for w in arguments]
-    sys.argv[1:] = named_after_job(arguments) if config_name in ("train", "tune") else arguments
+    if config_name in ("train", "tune"):
+        sys.argv[1:] = named_after_job(arguments)
     if completed is not None and shows_classes(arguments):
         task = partial(show, completed, resolves="--resolve" in arguments)
         arguments = [word for word in arguments if word not in ("--cfg", "-c", "job", "--resolve")]
         sys.argv[1:] = [*arguments, "hydra.run.dir=."]
+    if {"--info", "-i"} & {*arguments}:
+        import_module("app.conf")  # where Hydra asks for schemas before it opens what has them
+    if "--resolve" in arguments:
+        sys.argv[1:] = together([*shown_without_a_run(config_name), *sys.argv[1:]])
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand us the exception, not a printed text
     is_sweep = bool({"-m", "--multirun"} & {*arguments}) and not ({*SHOWS} & {*arguments})
     guarded = TaskOfCommand(task)
@@ -71,6 +80,8 @@ def main(
             print(help_text(config_name, description))
             return
         refuse_environment(os.environ)
+        if {"--resolve", "hydra"} <= {*arguments}:
+            raise Refused("--cfg hydra cannot be resolved by itself; type --cfg all --resolve")
         if config_name == "check" and is_sweep:
             sys.argv[1:] = as_a_check(arguments)
         hydra.main("pkg://app.conf", config_name, VERSION_BASE)(guarded)()
@@ -118,6 +129,10 @@ def show(completed: Callable[[DictConfig], DictConfig], cfg: DictConfig, *, reso
 
 SHOWS = ("--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help", "--version")
 """Flags with which Hydra shows something, and calls nothing."""
+
+
+SHELLS = ("bash", "zsh", "fish")
+"""For which TAB completes."""
 
 
 NO_JOB = "the sweep has no job: what is swept has no value; type others, or leave -m out"
@@ -192,6 +207,42 @@ def refuse_environment(environment: Mapping[str, str]) -> None:
         raise Refused(f"the environment's RANK {rule}; {LAUNCH}")
 
 
+WITH_A_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn",
+                "--config-dir", "-cd", "--info", "-i", "--experimental-rerun")  # fmt: skip
+"""Hydra's flags that the next word belongs to."""
+
+
+def together(arguments: list[str]) -> list[str]:
+    """What was typed, flags first: Hydra takes overrides only where they stand together."""
+    flags, overrides = [], []
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        is_override = ("=" in word or word[:1] == "~") and word[0] != "-"
+        is_override = is_override and before not in WITH_A_VALUE
+        (overrides if is_override else flags).append(word)
+    return [*flags, *overrides]
+
+
+def over_ones_own(arguments: list[str]) -> list[str]:
+    """What was typed, `experiment=glob(*)` as a list of the experiments in a `--config-dir`, also
+    in folders of it, where it has such: those that are shipped are not what is meant."""
+    folders = [word for flag, word in pairwise(arguments) if flag in ("--config-dir", "-cd")]
+    folders += [word[13:] for word in arguments if word.startswith("--config-dir=")]
+    roots = [Path(folder) / "experiment" for folder in folders]
+    names = [str(path.relative_to(r).with_suffix("")) for r in roots for path in r.rglob("*.yaml")]
+    typed = []
+    for word in arguments:
+        pattern = re.fullmatch(r"experiment=glob\(([^(),\[\]]+)\)", word)
+        found = fnmatch.filter(sorted(names), pattern[1]) if pattern else []
+        typed.append(f"experiment={','.join(found)}" if found else word)
+    return typed
+
+
+def shown_without_a_run(config_name: str) -> list[str]:
+    """What only a run would tell Hydra, for a configuration that is shown resolved."""
+    of_ours = [] if config_name == "evaluate" else ["run_dir=${hydra:run.dir}"]
+    return [*of_ours, "hydra.job.num=0", "hydra.job.id=0"]
+
+
 def named_after_job(arguments: list[str]) -> list[str]:
     """What was typed, with a name where a batch job of SLURM runs it and none was typed.
 
@@ -203,9 +254,7 @@ def named_after_job(arguments: list[str]) -> list[str]:
     if job is None or has_place or sys.stdin.isatty():
         return arguments
     digest = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:6]
-    overrides = (i for i, word in enumerate(arguments) if "=" in word and word[0] != "-")
-    place = next(overrides, len(arguments))  # they stand together
-    return [*arguments[:place], f"name=slurm-{job}-{digest}", *arguments[place:]]
+    return [*arguments, f"name=slurm-{job}-{digest}"]
 
 
 NOT_OURS = (
@@ -429,7 +478,8 @@ def help_text(config_name: str, description: str) -> str:
         "",
         f"{command} --cfg job           shows every key with its value",
         f"{command} --hydra-help        Hydra's own flags; -m sweeps, --config-dir adds presets",
-        f'eval "$({command} -sc install=bash)"   completes keys and presets on TAB',
+        f'eval "$({command} -sc install=bash)"   completes on TAB; in zsh install=zsh,',
+        f"{command} -sc install=fish | source in fish",
     ]
     return "\n".join(lines)
 
