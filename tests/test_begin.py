@@ -1,4 +1,4 @@
-"""What a run begins from: weights of others."""
+"""What a run begins from: weights of others, what the data know, what constructors say."""
 
 import argparse
 import copy
@@ -14,10 +14,11 @@ import pytest
 import torch
 from conftest import SMALL
 from omegaconf import OmegaConf
-from theirs import LitModel
+from theirs import LitData, LitModel
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from app.begin.defaults import rows, unsaid
 from app.begin.weights import InitialWeights
 from app.config import Config
 from app.errors import Refused
@@ -27,7 +28,7 @@ from app.record.folder import RunFolder
 from app.run.build import build
 
 OWN = ("model=custom", "model._target_=theirs.LitModel", "data=custom",
-       "data._target_=theirs.LitData", "optimizer=none", "trainer.max_epochs=2",
+       "data._target_=theirs.LitData", "trainer.max_epochs=2",
        "callbacks.progress=null", "logger=csv", "trainer.accelerator=cpu")  # fmt: skip
 
 
@@ -287,3 +288,158 @@ def test_what_is_typed_of_it_is_refused(composed: Any, typed: tuple[str, ...], s
     with pytest.raises(Refused) as refusal:
         run(composed(*typed), typed=[])
     assert str(refusal.value).startswith(said)
+
+
+class Vocabulary:
+    def __init__(self) -> None:
+        self.words = ["a", "b"]
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __call__(self) -> None:
+        raise AssertionError
+
+
+class Known(LitData):
+    """Knows its classes when it is set up, which draws."""
+
+    prepared = 0
+
+    def prepare_data(self) -> None:
+        Known.prepared += 1
+
+    def setup(self, stage: str) -> None:
+        assert Known.prepared
+        torch.rand(3)
+        self.classes = {"yes": 0, "no": 1}
+        self.vocab = Vocabulary()
+        self.dims = torch.Size([10, 2])
+        self.weights = torch.tensor([0.5, 1.0])
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def count(self) -> int:
+        return len(self.classes)
+
+
+class Classes(LitModel):
+    def __init__(self, num_classes: int, width: int = 8, weights: Any = None) -> None:
+        super().__init__(hidden=width)
+        self.net[3] = nn.Linear(width, num_classes)
+
+
+LINKED = ("model=custom", "model._target_=test_begin.Classes", "data=custom",
+          "data._target_=test_begin.Known", *OWN[4:])  # fmt: skip
+SOURCES = ("num_classes", "count", "dims.1", "vocab.__len__")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_the_data_know_is_as_if_typed(
+    composed: Any,
+    tmp_path: Path,
+    source: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Known, "prepared", 0)
+    link = f"link={{model.num_classes: {source}, model.weights: weights}}"
+    linked = run(composed(*LINKED, link, f"run_dir={tmp_path}/a"), typed=[])
+    assert f"model.num_classes=2 (the data's {source})" in capsys.readouterr().out
+    asked = Known.prepared
+    words = ("model.num_classes=2", "model.weights=[0.5,1.0]")
+    plain = run(composed(*LINKED, *words, f"run_dir={tmp_path}/b"), typed=[])
+    assert Known.prepared == 2 * asked  # the first time leaves nothing
+    assert linked is not None
+    assert plain is not None
+    assert linked["metrics"] == plain["metrics"]
+    one, other = (state_of(tmp_path / f"{name}/checkpoints/last.ckpt") for name in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    kept = RunFolder(tmp_path / "a").read_config()
+    assert kept is not None
+    assert kept["model"]["num_classes"] == 2
+    assert kept["model"]["weights"] == [0.5, 1.0]
+
+
+BROKEN = {
+    "{model.num_classes: num_clases}": "link.model.num_classes=num_clases: the data, a "
+    "test_begin.Known, has no num_clases; did you mean num_classes?",
+    "{model.num_classes: vocab}": "link.model.num_classes=vocab must be a number, a text, or a "
+    "list or mapping of them, got a Vocabulary; for how many it holds type "
+    "'{model.num_classes: vocab.__len__}'",
+    "{data.batch_size: num_classes}": "link must name keys such as model.num_classes, got "
+    "data.batch_size; type 'link={model.num_classes: num_classes}'",
+    "3": "link must be a mapping of names, got 3; type 'link={model.num_classes: num_classes}'",
+}
+
+
+@pytest.mark.parametrize("link", BROKEN)
+def test_a_link_to_nothing_is_refused(composed: Any, link: str) -> None:
+    assert Known.prepared == 0
+    with pytest.raises(Refused) as refusal:
+        run(composed(*LINKED, f"link={link}"), typed=[])
+    assert Known.prepared == 0
+    assert str(refusal.value) == BROKEN[link]
+
+
+def test_a_constructor_says_its_defaults(composed: Any, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    run(composed(*OWN, "model.lr=0.05", "trainer.max_epochs=1"), typed=[])
+    kept = folder.read_config()
+    assert kept is not None
+    assert kept["model"] == {"_target_": "theirs.LitModel", "lr": 0.05, "hidden": 8}
+    assert kept["data"]["batch_size"] == 4
+    assert kept["clip"] is None
+    assert kept["trainer"]["threads"] is None
+    # what began without them, or with others, is continued as it began
+    del kept["model"]["hidden"]
+    kept["data"]["batch_size"] = 8
+    folder.write_config({**kept, "run_dir": str(folder.path)}, [])
+    again = run(composed(*OWN, "model.lr=0.05", "trainer.max_epochs=1"), typed=[])
+    assert again == folder.read_result()
+
+
+def test_a_wrong_argument_leaves_no_run(composed: Any, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"data\.batch_sise is not an argument of theirs\.LitData; "):
+        run(composed(*OWN, "data.batch_sise=2"), typed=[])
+    assert not (tmp_path / "run").exists()
+
+
+def takes(
+    a: Any = (1, 2), b: Any = float("nan"), c: str = "${x}", d: Any = {"k": [1]}, e: bool = True,  # noqa: B006
+    *args: Any, f: Any = print, g: float = 1.5, **others: Any,
+) -> None:  # fmt: skip
+    """Defaults of many kinds."""
+
+
+def test_plain_defaults_alone_are_said() -> None:
+    cfg = OmegaConf.create({"model": {"_target_": "test_begin.takes", "e": False}, "data": None})
+    assert unsaid(cfg) == {"model.d": {"k": [1]}, "model.g": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("typed", "threads", "clip", "optimizer"),
+    [
+        ((), 1, "app.clip.NormClip", "torch.optim.SGD"),
+        (("model=mlp",), 1, "app.clip.NormClip", "torch.optim.SGD"),
+        (OWN[:4], None, None, None),
+        ((*OWN[:4], "clip=norm", "trainer.threads=2", "optimizer=adamw"), 2, "app.clip.NormClip",
+         "torch.optim.AdamW"),
+    ],
+)  # fmt: skip
+def test_the_defaults_of_the_demo_are_its_models_alone(
+    checked: Any, typed: tuple[str, ...], threads: int | None, clip: str, optimizer: str
+) -> None:
+    plain = checked(*typed).plain
+    assert plain["trainer"]["threads"] == threads
+    assert (plain["clip"] or {}).get("_target_") == clip
+    assert (plain["optimizer"] or {}).get("_target_") == optimizer
+    assert plain["trainer"]["max_epochs"] == 30
+
+
+def test_a_number_of_epochs_that_nobody_chose_is_said(composed: Any) -> None:
+    said = [("default", "trainer.max_epochs=30, as of the demo: type trainer.max_epochs=N")]
+    assert rows(composed(*OWN[:4])) == said
+    assert rows(composed(*OWN)) == rows(composed()) == []
