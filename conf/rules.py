@@ -4,6 +4,7 @@ What one field alone must hold stands in the field: `number(at_least=1, ...)`. `
 every field there is, before the rules in `__post_init__`, which are those between fields.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -131,6 +132,31 @@ class Name(Text):
         if max(len(part.encode()) for part in value.split("/")) > LONGEST_NAME:
             return f"{key} must be at most {LONGEST_NAME} bytes long, got {value}; {instead}"
         return None
+
+
+FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")
+
+
+class Template(Name):
+    """A file's name with fields to fill in: {epoch}, {step} and metrics, each with its format."""
+
+    def refusal(self, key: str, value: Any) -> str | None:
+        """What to say of a value; None where it is allowed."""
+        if not isinstance(value, str):
+            return None
+        instead = self.instead.format(key=key)
+        plain = FIELD.sub("0", value)
+        if "/" in plain or plain in ("best", "last", "previous"):
+            return f"{key} must be the name of a file beside best.ckpt, got {value}; {instead}"
+        if "{" in plain or "}" in plain:
+            return f"{key} must have names alone in its braces, got {value}; {instead}"
+        for name, how in FIELD.findall(value):
+            try:
+                format(0 if name in ("epoch", "step") else 0.0, how)
+            except ValueError as error:
+                return f"{key} must have formats of numbers, got {value}: {error}; {instead}"
+        refusal = super().refusal(key, plain)
+        return refusal and refusal.replace(f"got {plain}", f"got {value}")
 
 
 def text(*, instead: str) -> Any:

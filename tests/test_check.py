@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from app import conf
-from app.cli import REFUSALS, explain
+from app.cli.explained import REFUSALS, explain
 from app.errors import Refused
 from app.run.build import build
 

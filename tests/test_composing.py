@@ -14,7 +14,8 @@ from hydra.core.utils import setup_globals
 from hydra.types import RunMode
 from omegaconf import DictConfig, Node
 
-from app.cli import VERSION_BASE, groups
+from app.cli import VERSION_BASE
+from app.cli.presets import groups
 from app.sweep.composing import Composer
 
 PRESETS = {group: presets for group, (presets, _) in groups().items()}

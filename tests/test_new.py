@@ -8,6 +8,8 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
 from app import cli, new
+from app.cli.explained import explain
+from app.cli.presets import help_text, project_conf
 from app.errors import Refused
 
 
@@ -52,11 +54,11 @@ def test_its_presets_are_found_where_it_is_worked_in(
     cfg = composed("experiment=first")
     assert cfg.model._target_ == "shapes.model.Classifier"
     assert cfg.clip._target_ == "app.clip.NormClip"
-    text = cli.help_text("train", "")
+    text = help_text("train", "")
     assert "clip=adaptive|gentle|none" in text
     assert "model=cnn1d|cnn1d_bn|custom|graphsage|mlp|shapes|" in text
     monkeypatch.chdir(shapes.parent)
-    assert "gentle" not in cli.help_text("train", "")
+    assert "gentle" not in help_text("train", "")
     with pytest.raises(Exception, match="experiment/first"):
         composed("experiment=first")
 
@@ -76,7 +78,7 @@ def test_a_wrong_key_in_a_preset_is_told_as_one_that_is_typed(
     )
     with pytest.raises(ConfigCompositionException) as raised:
         composed("experiment=bad")
-    said = cli.explain(raised.value)
+    said = explain(raised.value)
     assert said == "In 'experiment/bad': trainr is not a key; did you mean trainer?"
 
 
@@ -104,10 +106,10 @@ def test_what_the_projects_file_says_is_read_or_refused(
     path = tmp_path / "pyproject.toml"
     path.write_text(text)
     if said is None:
-        assert cli.project_conf() is None
+        assert project_conf() is None
         return
     with pytest.raises(Refused) as refused:
-        cli.project_conf()
+        project_conf()
     assert str(refused.value) == said.format(path=path)
 
 

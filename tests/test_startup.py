@@ -22,12 +22,12 @@ OF_LIGHTNING = {
 """Of these, what torch and Lightning import where it is installed."""
 
 SHOWN = """
-app app.cli app.conf app.config app.errors app.monitored app.parallel app.parallel.sizes app.process
-app.process.tracebacks app.run
+app app.cli app.cli.explained app.cli.presets app.cli.typed app.conf app.config app.errors
+app.monitored app.parallel app.parallel.sizes app.process app.process.tracebacks app.run
 """
 """Ours, of a command that only shows a configuration; without the schemas of its groups."""
 
-MADE = "app app.cli app.errors app.process app.process.tracebacks app.run"
+MADE = "app app.cli app.cli.explained app.cli.presets app.cli.typed app.errors app.process app.process.tracebacks app.run"
 """Ours, of what makes a project."""
 
 CHECKED = """

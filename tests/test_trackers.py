@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue
 
-from app import cli
+from app.cli.explained import explain
 from app.errors import RankFailed, Refused
 from app.fit import run
 from app.logger.tracker import MOST_FAILURES, OF_SWEEPS
@@ -345,5 +345,5 @@ def test_what_is_typed_of_a_logger_is_checked(
     with pytest.raises((Refused, MissingMandatoryValue)) as refusal:
         run(composed(*TYPED, *typed), typed=[])
     found = refusal.value
-    text = str(found) if isinstance(found, Refused) else cli.explain(found)
+    text = str(found) if isinstance(found, Refused) else explain(found)
     assert text.startswith(said)

@@ -13,44 +13,20 @@ derived from a class here takes its place there. Lightning's own techniques, suc
 EMAWeightAveraging, are refused: ours would know nothing of them.
 """
 
-import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from ..rules import MANY, RULE, TEN_YEARS_MIN, Name, count, folder, number, require, text
+from ..rules import MANY, RULE, TEN_YEARS_MIN, Template, count, folder, number, require, text
 
 AT_THE_ENDS = "for the epochs' ends only type {key}=null"
 
-FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")
 AS_TEMPLATE = "type '{key}=\"epoch={{epoch}}-{{val_loss:.3f}}\"'"
 
 Mode = StrEnum("Mode", "min max")
 """Whether a metric is better when smaller or larger."""
-
-
-class Template(Name):
-    """A file's name with fields to fill in: {epoch}, {step} and metrics, each with its format."""
-
-    def refusal(self, key: str, value: Any) -> str | None:
-        """What to say of a value; None where it is allowed."""
-        if not isinstance(value, str):
-            return None
-        instead = self.instead.format(key=key)
-        plain = FIELD.sub("0", value)
-        if "/" in plain or plain in ("best", "last", "previous"):
-            return f"{key} must be the name of a file beside best.ckpt, got {value}; {instead}"
-        if "{" in plain or "}" in plain:
-            return f"{key} must have names alone in its braces, got {value}; {instead}"
-        for name, how in FIELD.findall(value):
-            try:
-                format(0 if name in ("epoch", "step") else 0.0, how)
-            except ValueError as error:
-                return f"{key} must have formats of numbers, got {value}: {error}; {instead}"
-        refusal = super().refusal(key, plain)
-        return refusal and refusal.replace(f"got {plain}", f"got {value}")
 
 
 @dataclass(kw_only=True)

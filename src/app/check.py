@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from app import cli
 from app.begin.links import are_typed, links_of
 from app.begin.source import source_of
+from app.cli.presets import shipped_targets
 from app.config import changed_by_debug, check, describe
 from app.fit import built, told_by_classes
 from app.process.targets import named_in
@@ -33,7 +34,7 @@ def main(cfg: DictConfig) -> None:
         config = config.changed(read_tuned(Path(config.tuned)))
     if config.init_from is not None:
         source_of(config.init_from)
-    if not links and named_in(config.plain) - cli.shipped_targets():
+    if not links and named_in(config.plain) - shipped_targets():
         built(config, [])
     for line in changed_by_debug(cfg):
         print(line)

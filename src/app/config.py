@@ -16,7 +16,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from app import cli
+from app.cli.explained import no_effect, replaced, unknown_key
+from app.cli.presets import groups
 from app.errors import Refused
 from app.monitored import followed
 
@@ -237,7 +238,7 @@ def _refuse_without_class(group: str, cfg: DictConfig) -> None:
     if shape is dict and "_target_" in list(chosen):  # also where it is still to be typed
         return
     if shape is dict and chosen and group in OF_ONE_CLASS:
-        raise Refused(cli.no_effect(f"{group}.{next(iter(chosen))}", group))
+        raise Refused(no_effect(f"{group}.{next(iter(chosen))}", group))
     raise Refused(
         f"{group} must have a schema of its own, which its preset names first; begin the file with "
         f"defaults: [/schema/{group}/{_presets(group)[0]}@_here_]"
@@ -245,7 +246,7 @@ def _refuse_without_class(group: str, cfg: DictConfig) -> None:
 
 
 def _presets(group: str) -> list[str]:
-    return [name for name in cli.groups()[group][0] if name not in ("none", "custom")]
+    return [name for name in groups()[group][0] if name not in ("none", "custom")]
 
 
 def _refuse_unread(cfg: DictConfig) -> None:
@@ -261,8 +262,8 @@ def _refuse_unread(cfg: DictConfig) -> None:
                 if not (value is None or (isinstance(value, DictConfig) and "_target_" in value)):
                     raise Refused(f"{key} needs a class; type +{key}._target_=package.module.Class")
             elif path or not (_is_group(name, value) or _is_read(name, cfg)):
-                told = cli.replaced(key, shape)
-                raise Refused(told or cli.unknown_key(key, [k for k in known if k[0] != "_"]))
+                told = replaced(key, shape)
+                raise Refused(told or unknown_key(key, [k for k in known if k[0] != "_"]))
 
 
 def _nodes(node: DictConfig, path: str) -> Iterator[tuple[str, DictConfig]]:

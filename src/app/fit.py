@@ -15,7 +15,7 @@ from app.begin.defaults import GROUPS, is_of_user, unsaid
 from app.begin.links import are_typed, known_by, links_of
 from app.begin.longer import RELAY, extension, reopen
 from app.begin.source import source_of
-from app.cli import shipped_targets
+from app.cli.presets import shipped_targets
 from app.config import (
     Config,
     changed_by_debug,

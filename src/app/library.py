@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from app import cli, fit
+from app.cli.explained import explain, is_told_in_a_line
 from app.config import check
 from app.errors import Refused
 from app.process.intact import refuse_damaged
@@ -122,7 +123,7 @@ def _composed(words: Sequence[str], config_dir: str | Path | None) -> DictConfig
         with initialize_config_module("app.conf", version_base=cli.VERSION_BASE):
             cfg = compose("train", list(words))
     except Exception as error:  # all are of what was typed
-        raise Refused(cli.explain(error, [str(config_dir), *words])) from error
+        raise Refused(explain(error, [str(config_dir), *words])) from error
     finally:
         GlobalHydra.instance().hydra = theirs
         if isinstance(base, type(version.getbase())):
@@ -138,8 +139,8 @@ def _in_a_line() -> Iterator[None]:
     except Refused:
         raise
     except Exception as error:
-        if cli.is_told_in_a_line(error):
-            raise Refused(cli.explain(error)) from error
+        if is_told_in_a_line(error):
+            raise Refused(explain(error)) from error
         raise
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
-from app.cli import groups
+from app.cli.presets import groups
 from app.config import check
 from app.errors import Refused
 

@@ -13,7 +13,8 @@ from fnmatch import fnmatch
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from app.cli import Parser, project_files
+from app.cli import Parser
+from app.cli.presets import project_files
 from app.errors import Refused
 
 PLACEHOLDER = "myproject"

@@ -14,7 +14,7 @@ class Project(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Add the folder."""
         if any(element.path == "pkg://app.conf" for element in search_path.get_path()):
-            from app.cli import project_conf
+            from app.cli.presets import project_conf
 
             folder = project_conf()
             if folder is not None:

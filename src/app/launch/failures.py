@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.cli import explain, is_told_in_a_line
+from app.cli.explained import explain, is_told_in_a_line
 from app.process.tracebacks import in_a_line, trace
 
 LOST_PEER = ("by peer", "broken pipe", "connection refused", "connection was closed", "nccl",

@@ -7,7 +7,7 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
-from app.cli import groups
+from app.cli.presets import groups
 from app.config import what_decides
 from app.errors import Refused
 from app.record.states import State

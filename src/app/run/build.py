@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from app.accumulate import Accumulation
 from app.begin.weights import InitialWeights, initial_weights
-from app.cli import conf_folder
+from app.cli.presets import conf_folder
 from app.clip import Clip
 from app.config import Config, is_single
 from app.errors import Refused

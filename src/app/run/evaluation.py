@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from app import cli
+from app.cli.explained import explain, unknown_key
 from app.config import ALWAYS_ON, Config, refuse_values
 from app.errors import Refused
 from app.process.files import replacing, write_json
@@ -42,7 +42,7 @@ def overridden(config: Mapping[str, Any], words: Sequence[str]) -> DictConfig:
         if not sign:
             raise Refused(f"overrides must be KEY=VALUE, got {word}; type 'overrides=[\"seed=1\"]'")
         if key.rpartition(".")[2] not in known:
-            raise Refused(cli.unknown_key(key, [name for name in known if name[0] != "_"]))
+            raise Refused(unknown_key(key, [name for name in known if name[0] != "_"]))
         before = OmegaConf.select(found, key)
         value = OmegaConf.select(OmegaConf.from_dotlist([word]), key)
         kind = next((kind for kind in KINDS if isinstance(before, kind)), None)
@@ -74,7 +74,7 @@ def _refuse_out_of_range(group: str, chosen: Any) -> None:
             except Refused:
                 raise
             except OmegaConfBaseException as error:
-                raise Refused(f"{group}.{cli.explain(error)}") from None
+                raise Refused(f"{group}.{explain(error)}") from None
             except ValueError as error:
                 raise Refused(str(error)) from None
             return
