@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from app import pip_install
+from app.config import FIELD
 from app.errors import Refused
 
 RULE = "rule"
@@ -134,10 +135,7 @@ class Name(Text):
         return None
 
 
-FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")
-
-
-class Template(Name):
+class Template(Text):
     """A file's name with fields to fill in: {epoch}, {step} and metrics, each with its format."""
 
     def refusal(self, key: str, value: Any) -> str | None:
@@ -146,7 +144,7 @@ class Template(Name):
             return None
         instead = self.instead.format(key=key)
         plain = FIELD.sub("0", value)
-        if "/" in plain or plain in ("best", "last", "previous"):
+        if "/" in plain or plain[:1] == "." or plain in ("best", "last", "previous"):
             return f"{key} must be the name of a file beside best.ckpt, got {value}; {instead}"
         if "{" in plain or "}" in plain:
             return f"{key} must have names alone in its braces, got {value}; {instead}"

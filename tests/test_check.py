@@ -107,6 +107,15 @@ KEYS = {
     "else; type clip=norm clip.max_norm=1.0",
     ("+trainer.fast_dev_run=true",): "trainer.fast_dev_run is replaced here by something else; "
     "type debug=fast",
+    ("callbacks.checkpoint.filename=best",): "callbacks.checkpoint.filename must be the name of a "
+    "file beside best.ckpt, got best; type 'callbacks.checkpoint.filename=\"epoch={epoch}-"
+    "{val_loss:.3f}\"'",
+    ("callbacks.checkpoint.filename='{val_loss:d}'",): "callbacks.checkpoint.filename must have "
+    "formats of numbers, got {val_loss:d}: Unknown format code 'd' for object of type 'float'; "
+    "type 'callbacks.checkpoint.filename=\"epoch={epoch}-{val_loss:.3f}\"'",
+    ("callbacks.checkpoint.top_k=3", "callbacks.checkpoint.monitor=null"): "callbacks.checkpoint."
+    "top_k has no effect: callbacks.checkpoint.monitor is null, which keeps no best one; type "
+    "callbacks.checkpoint.monitor=val_loss",
     ("trainer.devices=some",): "trainer.devices must be >= 1, up to 1024, or auto, got some; type "
     "trainer.devices=2 strategy=ddp",
 }

@@ -55,7 +55,7 @@ def test_its_presets_are_found_where_it_is_worked_in(
     assert cfg.model._target_ == "shapes.model.Classifier"
     assert cfg.clip._target_ == "app.clip.NormClip"
     text = help_text("train", "")
-    assert "clip=adaptive|gentle|none" in text
+    assert "clip=adaptive|custom|gentle|none" in text
     assert "model=cnn1d|cnn1d_bn|custom|graphsage|mlp|shapes|" in text
     monkeypatch.chdir(shapes.parent)
     assert "gentle" not in help_text("train", "")

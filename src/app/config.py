@@ -59,6 +59,9 @@ LIGHTNINGS = ("lightning", "pytorch_lightning")
 SECRET = re.compile(r"logger\..*?([^.]*_)?(key|token|password|secret)")
 """Keys that hold what logs in."""
 
+FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")
+"""What is filled into the name of a checkpoint: what it is called, and its format."""
+
 TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 

@@ -25,9 +25,9 @@ from app.process.files import replacing, sync_folder
 from app.process.intact import Checked, refuse_damaged
 from app.record.loggers import MetricsCsv
 from app.record.names import logged_as, stage_of
+from app.record.top import Top, link, remove
 from app.resume.exact import ExactResume
 from app.resume.hooks import after_batch
-from app.run.top import Top, link, remove
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 

@@ -11,10 +11,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
+from app.config import FIELD
 from app.process.files import sync_folder
 from app.record.names import logged_as
 
-FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")
 WITHOUT_TEMPLATE = "epoch={epoch}-step={step}"
 
 
