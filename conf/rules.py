@@ -4,7 +4,6 @@ What one field alone must hold stands in the field: `number(at_least=1, ...)`. `
 every field there is, before the rules in `__post_init__`, which are those between fields.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module

@@ -27,7 +27,10 @@ app.monitored app.parallel app.parallel.sizes app.process app.process.tracebacks
 """
 """Ours, of a command that only shows a configuration; without the schemas of its groups."""
 
-MADE = "app app.cli app.cli.explained app.cli.presets app.cli.typed app.errors app.process app.process.tracebacks app.run"
+MADE = """
+app app.cli app.cli.explained app.cli.presets app.cli.typed app.errors app.process
+app.process.tracebacks app.run
+"""
 """Ours, of what makes a project."""
 
 CHECKED = """

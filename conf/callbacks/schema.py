@@ -15,7 +15,7 @@ EMAWeightAveraging, are refused: ours would know nothing of them.
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
