@@ -50,9 +50,9 @@ app.logger.wandb app.models app.models.classifier app.models.cnn1d app.optim app
 app.optim.groups app.optim.layers app.optim.optimizers app.optim.schedules
 app.parallel.data_parallel app.parallel.sharded app.parallel.split app.pictures app.pictures.curves
 app.pictures.look app.precision app.process.intact app.process.random_state app.record.loggers
-app.record.metrics app.record.names app.record.result app.resume app.resume.exact app.resume.held
-app.resume.hooks app.resume.modes app.resume.position app.resume.unfinished app.run.beside
-app.run.build app.run.checkpoint app.run.measured app.run.progress app.run.raw app.run.top
+app.record.metrics app.record.names app.record.result app.record.top app.resume app.resume.exact
+app.resume.held app.resume.hooks app.resume.modes app.resume.position app.resume.unfinished
+app.run.beside app.run.build app.run.checkpoint app.run.measured app.run.progress app.run.raw
 app.run.trainer app.screen app.screen.start app.stop app.stop.signals app.strategy
 """
 """Ours, of the default run, beside those."""
