@@ -33,7 +33,7 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from matplotlib.axes import Axes
 from omegaconf import DictConfig
 from torch import nn
@@ -45,6 +45,7 @@ from app.errors import Refused
 from app.evaluate import main as evaluate
 from app.fit import objective, run
 from app.pictures.curves import draw_curves
+from app.logger import TensorBoard
 from app.process.targets import refuse_targets
 from app.record.loggers import MetricsCsv, NoLogger, read_metrics
 from app.record.names import counterpart, stage_of, stem
@@ -651,8 +652,8 @@ def test_be_logger_the_first_is_tensorboards_or_the_users_own(
     mine = ("+logger.mine._target_=lightning.pytorch.loggers.CSVLogger",
             "+logger.mine.save_dir=${run_dir}/mine")  # fmt: skip
     for typed, kinds in (
-        (("logger=default",), [TensorBoardLogger, MetricsCsv]),
-        (("logger=default", *mine), [TensorBoardLogger, CSVLogger, MetricsCsv]),
+        (("logger=default",), [TensorBoard, MetricsCsv]),
+        (("logger=default", *mine), [TensorBoard, CSVLogger, MetricsCsv]),
         (("logger=csv", *mine), [CSVLogger, MetricsCsv]),
         (("logger=csv",), [MetricsCsv]),
         (("logger=none",), [NoLogger]),

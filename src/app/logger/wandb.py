@@ -8,6 +8,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import WandbLogger
 
 from app.logger.tracker import Tracker
+from app.process.ranks import ranks
 
 SERVER = "https://api.wandb.ai"
 
@@ -49,7 +50,8 @@ class Wandb(Tracker, WandbLogger):
         if (mode or os.environ.get("WANDB_MODE")) != "online":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # asks for an address
         noted = self.noted().get("id") or os.environ.get("WANDB_RUN_ID")
-        self._run_id = noted or secrets.token_hex(4)  # the generators of the run are not touched
+        made = secrets.token_hex(4) if ranks().is_first else None  # draws from none of the run's
+        self._run_id = noted or made
         super().__init__(
             save_dir=save_dir,
             project=project or os.environ.get("WANDB_PROJECT") or Path.cwd().name,
@@ -65,7 +67,7 @@ class Wandb(Tracker, WandbLogger):
         """Begin the run, or go on with it."""
         self._folder.mkdir(parents=True, exist_ok=True)
         _ = self.experiment
-        self.note(id=self._run_id)
+        self.note(id=str(self._run_id))
 
 
 def has_login() -> bool:
