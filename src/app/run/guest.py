@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -31,8 +32,8 @@ class Guest(pl.Callback):
     Every `log_every_n_steps` optimizer steps, through the trainer's loggers. Stands behind them.
 
     Raises:
-        Refused: where the weights are sharded by others, Lightning's own techniques are in the
-            same trainer, or one of ours twice.
+        Refused: where the weights are sharded by others, Lightning's accumulation or averages
+            are in the same trainer, or one of ours twice.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,8 @@ class Guest(pl.Callback):
         _refuse_strategy(trainer.strategy)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
-            refuse_lightnings("the callbacks of the trainer", callback)
+            if not isinstance(callback, BatchSizeFinder | LearningRateFinder):  # act before the fit
+                refuse_lightnings("the callbacks of the trainer", callback)
         for group, kind in TECHNIQUES.items():
             several = [type(one).__name__ for one in callbacks if isinstance(one, kind)]
             if len(several) > 1:
