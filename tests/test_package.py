@@ -86,7 +86,8 @@ def test_no_text_installs_another_package_of_the_name_app() -> None:
 @pytest.mark.slow
 def test_the_wheel_holds_the_program_and_its_configuration(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    conf = {f"app/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
+    shipped = [*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "multirun_examples").glob("*.yaml")]
+    conf = {f"app/{path.relative_to(ROOT)}" for path in shipped}
     source = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src").rglob("*.py")}
     project = {f"app/project/{name}" for name in new.files()}
     assert conf | source | project <= names

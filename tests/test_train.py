@@ -299,11 +299,3 @@ def test_help_lists_every_group_with_its_presets(tmp_path: Path) -> None:
     assert "clip=adaptive|none|norm|percentile|value" in text
     presets = (Path(conf.__file__).parent / "averaging").glob("*.yaml")
     assert f"averaging={'|'.join(sorted(path.stem for path in presets))}\n" in text
-    completed = subprocess.run(
-        ["bash", "-c", f"""
-            eval "$({sys.executable} -m app.train -sc install=bash)"
-            COMP_LINE="{sys.executable} -m app.train clip=n" COMP_WORDS=($COMP_LINE) COMP_CWORD=3
-            _app_complete; echo "${{COMPREPLY[@]}}" """],
-        cwd=tmp_path, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert completed.stdout.split() == ["clip=none", "clip=norm"]

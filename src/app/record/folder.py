@@ -270,19 +270,7 @@ class RunFolder:
         """Hold the folder for this process; raise Refused where another one holds it."""
         self.path.mkdir(parents=True, exist_ok=True)
         sync_folder(self.path.parent)
-        try:
-            lock = self.lock_path.open("a+")
-        except IsADirectoryError as error:
-            raise Unreadable(self.lock_path, error.strerror) from None
-        with lock as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise Refused(
-                    f"{self.path} is being trained by process {file.read().strip()}; wait for it, "
-                    "or give this run another name="
-                ) from None
+        with self._lock() as file:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -291,6 +279,30 @@ class RunFolder:
                 yield
             finally:
                 _LOCKS.remove(file)
+                if self.result_path.exists():  # else the lock tells of a run that has begun
+                    self.lock_path.unlink(missing_ok=True)
+
+    def _lock(self) -> TextIO:
+        """The lock, held: of the file that is there, not of one that its holder took away."""
+        while True:
+            try:
+                file = self.lock_path.open("a+")
+            except IsADirectoryError as error:
+                raise Unreadable(self.lock_path, error.strerror) from None
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip()
+                file.close()
+                raise Refused(
+                    f"{self.path} is being trained by process {holder}; wait for it, or give this "
+                    "run another name="
+                ) from None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.lock_path)):
+                    return file
+            file.close()
 
     def is_held(self) -> bool:
         """Whether a process holds the folder now: trains in it."""
