@@ -44,8 +44,8 @@ from app.config import check
 from app.errors import Refused
 from app.evaluate import main as evaluate
 from app.fit import objective, run
-from app.pictures.curves import draw_curves
 from app.logger import TensorBoard
+from app.pictures.curves import draw_curves
 from app.process.targets import refuse_targets
 from app.record.loggers import MetricsCsv, NoLogger, read_metrics
 from app.record.names import counterpart, stage_of, stem
