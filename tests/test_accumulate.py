@@ -238,7 +238,8 @@ class OneCycle(Net):
 
 def our_trainer(run_dir: Path, *callbacks: pl.Callback, **changes: Any) -> Trainer:
     arguments: dict[str, Any] = {
-        **dict.fromkeys(("max_epochs", "max_steps", "max_minutes", "benchmark")),
+        **dict.fromkeys(("max_epochs", "max_steps", "max_minutes", "min_epochs", "min_steps")),
+        **dict.fromkeys(("benchmark", "limit_predict_batches", "overfit_batches", "profiler")),
         **dict.fromkeys((f"limit_{part}_batches" for part in ("train", "val", "test")), 1.0),
         "accelerator": "cpu",
         "devices": 1,
@@ -249,6 +250,10 @@ def our_trainer(run_dir: Path, *callbacks: pl.Callback, **changes: Any) -> Train
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 1,
         "detect_anomaly": False,
+        "inference_mode": True,
+        "reload_dataloaders_every_n_epochs": 0,
+        "plugins": {},
+        "enable_autolog_hparams": True,
         "num_nodes": 1,
         "sync_batchnorm": False,
         "strategy": "auto",
