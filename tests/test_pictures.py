@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from app.pictures.curves import MARKS, SPLITS, draw_curves
+from app.pictures.curves import LOST, MARKS, SPLITS, draw_curves
 from app.pictures.finders import CHOSEN, draw_batch_size, draw_lr
 
 
@@ -96,7 +96,23 @@ def test_a_loss_is_drawn_whatever_it_comes_to(
     values: list[float], scale: str, tmp_path: Path, drawn: list[Figure]
 ) -> None:
     assert curves(tmp_path, {"train_loss": values}, {}).exists()
-    assert drawn[0].axes[0].get_yscale() == scale
+    (axes,) = drawn[0].axes
+    assert axes.get_yscale() == scale
+    lost = [line for line in axes.lines if line.get_marker() == LOST]
+    steps = [step for step, value in enumerate(values, start=1) if not math.isfinite(value)]
+    assert [list(line.get_xdata()) for line in lost] == ([steps] if steps else [])
+    assert ("not finite" in [text.get_text() for text in drawn[0].legends[0].texts]) == bool(steps)
+
+
+def test_all_panels_show_the_same_steps(tmp_path: Path, drawn: list[Figure]) -> None:
+    result = {
+        "metrics": {"test_acc": 0.7},
+        "metrics_of": {"test_acc": {"on": "test", "checkpoint": "last", "step": 3}},
+    }
+    curves(tmp_path, {"train_loss": [math.nan, 2.0, math.nan], "lr": [1.0] * 3}, result)
+    loss, acc, lr = (axes.get_xlim() for axes in drawn[0].axes)
+    assert loss == acc == lr
+    assert loss[0] <= 1 < 3 <= loss[1]
 
 
 @pytest.mark.parametrize(("num", "num_panels"), [(0, None), (1, 1), (7, 7), (40, 30)])

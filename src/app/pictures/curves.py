@@ -17,6 +17,10 @@ ON = {"train": "train", "validation": "val", "test": "test"}
 
 MARKS = {"best checkpoint": ("--", "#3a4047"), "average begins": ("-.", COLORS[3]),
          "cut, and continued": (":", COLORS[4])}  # fmt: skip
+
+LOST = "x"
+"""Marks what is not finite."""
+
 MOST_PANELS = 30
 
 Curve = list[tuple[float, float]]
@@ -25,7 +29,8 @@ Curve = list[tuple[float, float]]
 def draw_curves(metrics_csv: Path, png: Path, result: Mapping[str, Any]) -> None:
     """Draw every metric of a run over its optimizer steps; nothing where none was logged.
 
-    A colour for each split, in all panels; what was tested is a point, at the checkpoint tested.
+    A colour for each split, in all panels, which show the same steps; what was tested is a point,
+    at the checkpoint tested, and what is not finite a cross below.
 
     Args:
         result: what result.json says of the run.
@@ -45,7 +50,12 @@ def draw_curves(metrics_csv: Path, png: Path, result: Mapping[str, Any]) -> None
     titles = sorted(panels, key=lambda title: _rank(title, [splits[n] for n in panels[title]]))
     with styled():
         figure, places = _figure(min(len(titles), MOST_PANELS))
+        steps = [step for curve in curves.values() for step, _ in curve]
+        steps += [step for found in marks.values() for step in found]
+        steps += [where["step"] for where in tested.values()]
+        beside = 0.02 * (max(steps) - min(steps)) or 0.5
         for title, axes in zip(titles, places, strict=False):
+            axes.set_xlim(min(steps) - beside, max(steps) + beside)
             for name in panels[title]:
                 color = SPLITS.get(splits[name] or "", MUTED)
                 if name in tested:
@@ -56,13 +66,16 @@ def draw_curves(metrics_csv: Path, png: Path, result: Mapping[str, Any]) -> None
             named = panels[title][0]
             axes.set_title(title if len(panels[title]) > 1 else named)
             if mode_of(title) == "min" or mode_of(named) == "min":
-                values = [value for line in axes.lines for value in line.get_ydata()]
+                drawn = [line for line in axes.lines if line.get_marker() != LOST]
+                values = [value for line in drawn for value in line.get_ydata()]
                 make_logarithmic(axes.yaxis, values)
-            for mark, steps in marks.items():
+            for mark, found in marks.items():
                 style, color = MARKS[mark]
-                for step in steps:
+                for step in found:
                     axes.axvline(step, ls=style, color=color, lw=1.1, zorder=1)
-        _legend(figure, {*splits.values()}, marks, left_out=len(titles) - MOST_PANELS)
+        is_lost = any(math.isnan(value) for curve in curves.values() for _, value in curve)
+        left_out = len(titles) - MOST_PANELS
+        _legend(figure, {*splits.values()}, marks, is_lost=is_lost, left_out=left_out)
         figure.savefig(png, pil_kwargs={"compress_level": 1})
 
 
@@ -129,10 +142,19 @@ def _draw(axes: Any, name: str, curve: Curve, color: str) -> None:
     faint = 0.35 if name.endswith("_step") and stage_of(name) else 1.0
     style = "--" if name.startswith(RAW) else "-"
     axes.plot(*zip(*curve, strict=True), color=color, marker=few, alpha=faint, ls=style)
+    lost = [step for step, value in curve if math.isnan(value)]
+    if lost:
+        floor = {"transform": axes.get_xaxis_transform(), "zorder": 4}
+        axes.plot(lost, [0.03] * len(lost), color=color, marker=LOST, ms=4, lw=0, **floor)
 
 
 def _legend(
-    figure: Any, splits: set[str | None], marks: Mapping[str, list[float]], *, left_out: int
+    figure: Any,
+    splits: set[str | None],
+    marks: Mapping[str, list[float]],
+    *,
+    is_lost: bool,
+    left_out: int,
 ) -> None:
     from matplotlib.lines import Line2D
 
@@ -142,6 +164,8 @@ def _legend(
             look: Any = {"marker": "D", "lw": 0, "ms": 6} if split == "test" else {}
             handles.append(Line2D([], [], color=color, label=split, **look))
     handles += [Line2D([], [], ls=MARKS[m][0], color=MARKS[m][1], lw=1.1, label=m) for m in marks]
+    if is_lost:
+        handles.append(Line2D([], [], marker=LOST, ms=4, lw=0, color=MUTED, label="not finite"))
     if left_out > 0:
         handles.append(Line2D([], [], lw=0, label=f"and {left_out} more in metrics.csv"))
     if handles:
