@@ -241,7 +241,7 @@ class Seen:
 METRICS = "train_loss, val_loss, val_acc, test_loss, test_acc, raw_val_loss, raw_val_acc"
 """What is measured of a model of ours."""
 
-BY_LENGTH = ("app.optim.WarmupDecay", "app.optim.OneCycle")
+BY_LENGTH = ("app.optim.WarmupDecay", "app.optim.WarmupStableDecay", "app.optim.OneCycle")
 """Schedules that are laid out over the whole run."""
 
 PACKAGES: dict[str, tuple[Callable[[Seen], bool], str, str]] = {

@@ -7,6 +7,7 @@ Lengths follow from the run: optimizer steps are counted exactly, accumulation s
 | cosine   | linear warm-up, then half a cosine to the final share           | arXiv 1608.03983 |
 | linear   | linear warm-up, then a line to the final share                  |                 |
 | warmup   | linear warm-up, then constant                                   | arXiv 1706.02677 |
+| wsd      | linear warm-up, constant, and a decay that ends with the run    | arXiv 2404.06395, 2405.18392 |
 | onecycle | up to the peak and down below the start, momentum opposed       | arXiv 1708.07120 |
 | steps    | multiplied by gamma at given epochs                             |                 |
 | plateau  | multiplied by a factor when the monitored metric stops improving |                 |
@@ -15,6 +16,11 @@ Lengths follow from the run: optimizer steps are counted exactly, accumulation s
 `scheduler=custom scheduler._target_=torch.optim.lr_scheduler.CosineAnnealingLR
 scheduler.interval=step +scheduler.T_max=total_steps`: the words total_steps and total_epochs stand
 for the length of the run.
+
+Until its decay begins a run of wsd knows nothing of its length. Where it keeps checkpoints,
+`callbacks.checkpoint.keep_every_n_steps=1000`, each is the beginning of a shorter run:
+`branch_of=runs/mine branch_at=3000 name=short` decays from there, and is, bit for bit, the run that
+had been given that length. Its warm-up stays that of runs/mine: name it in steps.
 """
 
 from dataclasses import dataclass
@@ -28,6 +34,9 @@ SHARE = "be from 0 to 1"
 
 Shape = StrEnum("Shape", "cosine linear constant")
 """The learning rate after the warm-up."""
+
+Decay = StrEnum("Decay", "sqrt linear cosine")
+"""How the learning rate falls at the end: 1 - sqrt(p), 1 - p, or half a cosine."""
 
 Mode = StrEnum("Mode", "min max")
 """Whether a metric is better when smaller or larger."""
@@ -46,11 +55,38 @@ class WarmupDecay:
     """Share of the peak at the end, 0 to 1."""
 
     def __post_init__(self) -> None:
+        _check_warmup(self.warmup)
+
+
+@dataclass(kw_only=True)
+class WarmupStableDecay:
+    """A linear warm-up from zero, the peak, and a decay to a share of it that ends with the run."""
+
+    _target_: str = "app.optim.WarmupStableDecay"
+    shape: Decay = MISSING
+    """sqrt, linear or cosine: how the rate falls; sqrt is 1 - sqrt(p)."""
+    warmup: int | float = MISSING
+    """Optimizer steps (int) or share of the run (float, 0 to below 1)."""
+    decay: int | float = MISSING
+    """Optimizer steps (int, >= 1) or share of the run (float, above 0 to below 1), at its end."""
+    final: float = number(at_least=0, at_most=1, rule=SHARE, instead="type {key}=0.0")
+    """Share of the peak at the end, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        _check_warmup(self.warmup)
         require(
-            0 <= self.warmup < (MANY if isinstance(self.warmup, int) else 1),
-            "scheduler.warmup must be steps >= 0 or a share from 0.0 to below 1.0, got "
-            f"{self.warmup}; for no warm-up type scheduler.warmup=0",
+            0 < self.decay < (MANY if isinstance(self.decay, int) else 1),
+            "scheduler.decay must be steps >= 1 or a share above 0.0 and below 1.0, got "
+            f"{self.decay}; type scheduler.decay=0.2, or for none scheduler=warmup",
         )
+
+
+def _check_warmup(warmup: int | float) -> None:
+    require(
+        0 <= warmup < (MANY if isinstance(warmup, int) else 1),
+        "scheduler.warmup must be steps >= 0 or a share from 0.0 to below 1.0, got "
+        f"{warmup}; for no warm-up type scheduler.warmup=0",
+    )
 
 
 @dataclass(kw_only=True)
@@ -119,6 +155,7 @@ PRESETS = {
     "cosine": WarmupDecay,
     "linear": WarmupDecay,
     "warmup": WarmupDecay,
+    "wsd": WarmupStableDecay,
     "onecycle": OneCycle,
     "steps": Steps,
     "plateau": Plateau,

@@ -82,7 +82,8 @@ def of_length(config: Mapping[str, Any]) -> list[str]:
     scheduler, averaging = config.get("scheduler") or {}, config.get("averaging") or {}
     kind = str(scheduler.get("_target_")).rpartition(".")[2]
     is_open = scheduler.get("shape") == "constant" and isinstance(scheduler.get("warmup"), int)
-    if kind == "OneCycle" or (kind == "WarmupDecay" and not is_open):
+    is_laid = kind in ("OneCycle", "WarmupStableDecay")
+    if is_laid or (kind == "WarmupDecay" and not is_open):
         found.append("the schedule")
     has_memory = averaging.get("decay") is None and averaging.get("half_life_steps") is None
     if "horizon" in averaging and has_memory:

@@ -3,10 +3,17 @@
 from app.optim.due import Due, Schedules, Watched, epochs_done
 from app.optim.groups import TIMES, Grouping, described, rate_of
 from app.optim.optimizers import AdamW8bit, configure_optimizers, optimizer_of, with_rate
-from app.optim.schedules import OneCycle, Plateau, Steps, WarmupDecay, schedule_of
+from app.optim.schedules import (
+    OneCycle,
+    Plateau,
+    Steps,
+    WarmupDecay,
+    WarmupStableDecay,
+    schedule_of,
+)
 
 __all__ = [
     "TIMES", "AdamW8bit", "Due", "Grouping", "OneCycle", "Plateau", "Schedules", "Steps",
-    "WarmupDecay", "Watched", "configure_optimizers", "described", "epochs_done", "optimizer_of",
-    "rate_of", "schedule_of", "with_rate",
+    "WarmupDecay", "WarmupStableDecay", "Watched", "configure_optimizers", "described",
+    "epochs_done", "optimizer_of", "rate_of", "schedule_of", "with_rate",
 ]  # fmt: skip

@@ -58,6 +58,64 @@ class WarmupDecay:
         return _by("step", lr_scheduler.LambdaLR(optimizer, multiplier))
 
 
+DECAYS: dict[str, Callable[[float], float]] = {
+    "sqrt": lambda done: 1 - math.sqrt(done),
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
+"""What is left of the rate, from 1 to 0, by the share of a decay that is done."""
+
+
+def warmup_stable_decay(
+    step: int, *, shape: str, warmup: int, decay: int, final: float, total: int
+) -> float:
+    """Multiplier of the peak learning rate at an optimizer step, counted from 0.
+
+    `final` belongs to step `total`, which the run does not make: its last one is a step short of
+    it, as torchtitan's and timm's are.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = min(1.0, max(0, step - (total - decay)) / decay)
+    return 1.0 if done == 0 else final + (1 - final) * DECAYS[shape](done)
+
+
+class WarmupStableDecay:
+    """A linear warm-up, a constant, and a decay that ends with the run; once per optimizer step.
+
+    Source: arXiv 2404.06395; 1 - sqrt: arXiv 2405.18392.
+
+    Args:
+        shape: sqrt, linear or cosine: how the rate falls.
+        warmup, decay: optimizer steps (int) or share of the run (float).
+        final: share of the peak at the end, 0 to 1.
+    """
+
+    def __init__(
+        self, *, shape: str, warmup: int | float, decay: int | float, final: float
+    ) -> None:
+        self.shape = shape
+        self.warmup = warmup
+        self.decay = decay
+        self.final = final
+
+    def __call__(self, optimizer: Optimizer, total: int) -> LRSchedulerConfigType:
+        warmup = self.warmup if isinstance(self.warmup, int) else round(self.warmup * total)
+        decay = self.decay if isinstance(self.decay, int) else max(1, round(self.decay * total))
+        if warmup + decay > total:
+            raise Refused(
+                f"scheduler.warmup and scheduler.decay must be at most the {total} optimizer steps "
+                f"of the run, got {warmup} + {decay}; type scheduler.warmup=0.05 "
+                "scheduler.decay=0.2"
+            )
+        settings = {"warmup": warmup, "decay": decay, "final": self.final, "total": total}
+
+        def multiplier(step: int) -> float:
+            return warmup_stable_decay(step, shape=self.shape, **settings)  # type: ignore[arg-type]
+
+        return _by("step", lr_scheduler.LambdaLR(optimizer, multiplier))
+
+
 class OneCycle:
     """The 1cycle policy (arXiv 1708.07120); once per optimizer step.
 
