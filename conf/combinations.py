@@ -98,6 +98,13 @@ class Seen:
         return [epoch for epoch in self.scheduler.milestones if epoch >= end] if is_ours else []
 
     @property
+    def decays_to_zero(self) -> bool:
+        """Whether a schedule of ours ends at no rate at all, or as good as none."""
+        scheduler, kind = self.scheduler, self.scheduler._target_
+        is_falling = kind in BY_LENGTH and scheduler.shape != "constant"
+        return is_falling and (scheduler.final is None or scheduler.final < ABOUT_ZERO)
+
+    @property
     def half_of_epochs(self) -> int:
         """A milestone that it reaches."""
         return int(self.trainer.max_epochs // 2)
@@ -244,6 +251,9 @@ METRICS = "train_loss, val_loss, val_acc, test_loss, test_acc, raw_val_loss, raw
 BY_LENGTH = ("app.optim.WarmupDecay", "app.optim.WarmupStableDecay", "app.optim.OneCycle")
 """Schedules that are laid out over the whole run."""
 
+ABOUT_ZERO = 0.02
+"""A share of the peak that no longer moves the weights."""
+
 PACKAGES: dict[str, tuple[Callable[[Seen], bool], str, str]] = {
     "bitsandbytes": (lambda run: run.is_8bit, "optimizer=adamw8bit", "adamw"),
     "deepspeed": (lambda run: run.is_deepspeed, "strategy=deepspeed", "fsdp"),
@@ -273,6 +283,10 @@ WITH_STRATEGIES: Rules = {
     "this clipping cannot run with strategy=deepspeed: DeepSpeed's engine keeps the gradients, and "
     "clips their 2-norm only; use clip=norm": lambda run: (
         run.is_deepspeed and run.clip and not run.is_plain_norm
+    ),
+    "callbacks.checkpoint.keep_every_n_steps cannot run with strategy=deepspeed: it writes folders, "
+    "which no second name is given; type callbacks.checkpoint.keep_every_n_steps=null": lambda run: (
+        run.is_deepspeed and Group(run.callbacks.checkpoint).keep_every_n_steps
     ),
     "accumulation cannot run with strategy=deepspeed: DeepSpeed's engine counts the micro-batches "
     "itself; use accumulate=none, or strategy=fsdp": lambda run: (
@@ -383,3 +397,22 @@ RULES: Rules = {
         lambda run: run.strategy.num_replicas not in (None, run.even_replicas)
     ),
 }
+
+NOTES: Rules = {
+    "averaging adds nothing where the schedule decays to zero: 92.9 % with it and without, on "
+    "mnist1d, 5 seeds, and 95.0 % at a constant rate; use scheduler=warmup, or "
+    "averaging=none": lambda run: (
+        run.averaging and run.averaging.lr_factor is None and run.decays_to_zero
+    ),
+    "scheduler.warmup={run.scheduler.warmup} is a share of {run.run.branch_of}, not of this run: its "
+    "warm-up was the longer one's": lambda run: (
+        run.run.branch_of is not None and isinstance(run.scheduler.warmup, float)
+    ),
+}
+"""What is said of a combination that is allowed, and where it is."""
+
+
+def notes_of(run: "Train") -> list[str]:
+    """A line for each choice that is allowed, and seldom what is meant."""
+    seen = Seen(run)
+    return [f"note: {text.format(run=seen)}" for text, holds in NOTES.items() if holds(seen)]

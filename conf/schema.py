@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from .combinations import check_combinations
-from .rules import NAME, RULE, count, folder, require, text
+from .combinations import check_combinations, notes_of
+from .rules import MANY, NAME, RULE, count, folder, number, require, text
 
 if TYPE_CHECKING:
     from .launch.schema import Local, Slurm
@@ -52,6 +52,11 @@ class Train:
     extend: bool | str = False
     """true goes on with a finished run of this name to a larger trainer.max_epochs or max_steps, as
     if it had been as long from its start; relay lays out its schedules anew over that length."""
+    branch_of: str | None = text(instead="type {key}=runs/NAME, or {key}=null")
+    """Folder of a run with scheduler=wsd, from which this one decays; it has its configuration."""
+    branch_at: int | None = number(above=0, at_most=MANY, instead="type {key}=N, or {key}=null")
+    """The optimizer step, >= 1, of which that run keeps the checkpoint to begin from. The length
+    follows: branch_at is what scheduler.decay leaves of it, or it ends that many steps later."""
     init_from: str | None = text(instead="type {key}=runs/NAME, or {key}=null")
     """Weights to begin from: a run's folder, for those that it delivers, or a file of weights."""
     init_weights: InitWeights | None = None
@@ -107,8 +112,26 @@ class Train:
         _check_begin(self)
         check_combinations(self)
 
+    @property
+    def notes(self) -> list[str]:
+        """What to say of choices that are allowed."""
+        return notes_of(self)
+
 
 def _check_begin(run: Train) -> None:
+    for key, other, instead in (
+        ("branch_of", "branch_at", "=N"),
+        ("branch_at", "branch_of", "=runs/NAME"),
+    ):
+        require(
+            getattr(run, key) is None or getattr(run, other) is not None,
+            f"{key} needs {other}, got null; type {other}{instead} as well",
+        )
+    require(
+        run.branch_of is None or run.extend is False,
+        f"extend must be false in a branch, whose length follows from it, got {run.extend}; type "
+        "another branch_at",
+    )
     for key in ("init_weights", "init_only", "init_rename"):
         require(
             run.init_from is not None or getattr(run, key) is None,

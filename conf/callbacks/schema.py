@@ -50,8 +50,18 @@ class Checkpoints:
     """Also after this many optimizer steps, >= 1; null = at the epochs' ends."""
     every_min: float | None = number(above=0, at_most=TEN_YEARS_MIN, instead=AT_THE_ENDS)
     """Also after this many minutes, > 0; null = at the epochs' ends."""
+    keep_every_n_steps: int | None = number(
+        above=0, at_most=MANY, instead="for none type {key}=null"
+    )
+    """Also after this many optimizer steps, >= 1, and kept as step=N.ckpt, from which `branch_of`
+    begins; null = none. Each takes the room of last.ckpt; raise it where that is much."""
 
     def __post_init__(self) -> None:
+        require(
+            self.keep_every_n_steps is None or self.filename != "step={step}",
+            f"callbacks.checkpoint.filename must not be {self.filename}, as those are called that "
+            "callbacks.checkpoint.keep_every_n_steps keeps; type callbacks.checkpoint.filename=null",
+        )
         for key, value, default in (("top_k", self.top_k, 1), ("filename", self.filename, None)):
             require(
                 self.monitor is not None or value == default,

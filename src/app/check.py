@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from app import cli
+from app.begin.branch import branched, source_of_branch
 from app.begin.links import are_typed, links_of
 from app.begin.source import source_of
 from app.cli.presets import shipped_targets
@@ -23,7 +24,7 @@ def main(cfg: DictConfig) -> None:
 
     Builds what is not ours: only a model knows whether it steps its own optimizers.
     """
-    cfg = told_by_classes(cfg)
+    cfg = told_by_classes(branched(cfg))
     links = links_of(cfg)
     for key, source in links.items():
         print(f"{key} is the data's {source}, known when they are set up: not checked")
@@ -32,11 +33,13 @@ def main(cfg: DictConfig) -> None:
     config = check(cfg)
     if config.tuned is not None:
         config = config.changed(read_tuned(Path(config.tuned)))
-    if config.init_from is not None:
+    if config.branch_of is not None:
+        source_of_branch(config)
+    elif config.init_from is not None:
         source_of(config.init_from)
     if not links and named_in(config.plain) - shipped_targets():
         built(config, [])
-    for line in changed_by_debug(cfg):
+    for line in [*changed_by_debug(cfg), *config.notes]:
         print(line)
     for name, text in describe(config.plain):
         print(f"{name:<12}{text}")

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from app.cli.explained import no_effect, replaced, unknown_key
 from app.cli.presets import groups
+from app.cli.typed import OF_THE_COMMAND
 from app.errors import Refused
 from app.monitored import followed
 
@@ -36,11 +37,6 @@ ALWAYS_ON = ("model", "trainer", "strategy", "precision")
 SINGLE = "app.strategy.single"
 DDP = "app.strategy.ddp"
 """The strategies, by `_target_`, in which a rank holds a whole model."""
-
-OF_THE_COMMAND = ("name", "resume", "run_dir", "tuned", "fit", "launch", "objective", "direction",
-                  "sweep", "extend")  # fmt: skip
-"""Keys and groups that may differ between two commands of the same run."""
-
 
 OF_LIGHTNING = {
     "GradientAccumulationScheduler": "accumulate=schedule",

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from app.begin import defaults, links
+from app.begin import branch, defaults, links
+from app.begin.branch import branched, refuse_unstable, source_of_branch
 from app.begin.defaults import GROUPS, is_of_user, unsaid
 from app.begin.links import are_typed, known_by, links_of
 from app.begin.longer import RELAY, extension, reopen
@@ -34,6 +35,7 @@ from app.process.ranks import ranks, started_elsewhere
 from app.process.requeue import heeding
 from app.process.targets import named_in, refuse_targets
 from app.record.folder import RunFolder, refuse_unwritable
+from app.record.kept import kept_steps
 from app.record.states import State
 from app.tuner.answers import recalled
 from app.tuner.keys import startable, value_at
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from app.stop.pruning import PrunesTrial
 
 
-KEPT = ("init_from", "extended")
+KEPT = ("init_from", "branch_of", "extended")
 """What a result.json says of how the run began, also when it is continued."""
 
 
@@ -91,7 +93,7 @@ def run(
 
 def _run(cfg: DictConfig, typed: list[str], objects: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
-        cfg = linked(told_by_classes(cfg))
+        cfg = linked(told_by_classes(branched(cfg)))
         config = check(startable(cfg)).holding(objects)
         if config.launch is not None and not is_slurm(config.launch):
             raise Refused(
@@ -111,7 +113,7 @@ def _run(cfg: DictConfig, typed: list[str], objects: Mapping[str, Any]) -> dict[
             return prepare(config, folder)
 
         found = everyone.first(prepared)
-        for line in changed_by_debug(cfg) if everyone.is_first else ():
+        for line in [*changed_by_debug(cfg), *config.notes] if everyone.is_first else ():
             print(line)
         if found["result"] is not None:
             if everyone.is_first:
@@ -191,13 +193,13 @@ def prepare(config: Config, folder: RunFolder) -> dict[str, Any]:
     if config.resume == "never":
         folder.move_aside()
     folder.forget_torn()
+    tuned = recalled(config, folder)
     if not folder.config_path.exists():
         try:
-            refuse_beginning(config)
+            refuse_beginning(config.changed(tuned or {}))
         except Refused:
             folder.remove_if_empty()
             raise
-    tuned = recalled(config, folder)
     longer = {}
     if config.extend:
         longer = extension(config.changed(tuned or {}).plain, folder, how=config.extend)
@@ -214,7 +216,9 @@ def prepare(config: Config, folder: RunFolder) -> dict[str, Any]:
 
 def refuse_beginning(config: Config) -> None:
     """Raise Refused where a new run could not be built, before its folder is taken by it."""
-    if config.init_from is not None:
+    if config.branch_of is not None:
+        refuse_unstable(source_of_branch(config), config)
+    elif config.init_from is not None:
         source_of(config.init_from)
     if named_in(config.plain) - shipped_targets():
         with importing():
@@ -272,16 +276,22 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
     record = Record(config.plain, folder, writes=is_first)
     record.content |= {name: before[name] for name in KEPT if name in before}
     record.content["continued_after"] = before.get("continued_after", [])
-    start = StartTable(config.plain | technique_settings(config), record.note_continued)
+    own = ranks().first(lambda: str(newest_intact(folder.checkpoints) or "")) or None
+    checkpoint = own
+    if own is None and config.branch_of is not None:
+        checkpoint = ranks().first(lambda: str(source_of_branch(config)))
+        record.content["branch_of"] = {"run": config.branch_of, "step": config.branch_at}
+    noted = record.note_continued if checkpoint == own else None
+    start = StartTable(config.plain | technique_settings(config), noted)
     tracking = Tracking(config.plain, folder.path, lambda: facts(start, record.content))
     with tracking.told(record.content), record.kept(), ExitStack() as given_back:
-        checkpoint = ranks().first(lambda: str(newest_intact(folder.checkpoints) or "")) or None
         with record.phase("build"):
             pruning = pruning_of(config)
             begins = config if checkpoint is None else config.but(init_from=None)
             relaid = [Relaid(lays_out=config.extend == RELAY)] if config.extend else []
             run = built(begins, [start, tracking, *relaid, *pruning, StopsOnSignal()])
             given_back.callback(run.hooks.release)
+        start.beside.append(lambda: branch.rows(config))
         start.beside.append(lambda: defaults.rows(config.composed))
         told = links_of(config.composed)
         start.beside.append(lambda: links.rows(told, {k: value_at(config.plain, k) for k in told}))
@@ -289,7 +299,7 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
             start.beside.append(run.initial.rows)
             record.content["init_from"] = run.initial.report  # filled when the fit begins
         if checkpoint is not None and is_first:
-            print(f"continuing from {checkpoint}", flush=True)
+            print(f"{'continuing' if own else 'branching'} from {checkpoint}", flush=True)
         tracking.loggers = run.trainer.loggers
         with record.phase("fit"):
             try:
@@ -310,6 +320,9 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
             "batch": start.batch or before.get("batch", {}),  # no step was left to make
             "checkpoints": {name: path and folder.within(path) for name, path in kept.items()},
         }
+        if kept_at := kept_steps(folder.checkpoints):
+            kept_in = [folder.within(str(path)) for path in kept_at.values()]
+            record.content["kept_checkpoints"] = kept_in
         if top := {folder.within(path): float(score) for path, score in run.top().items()}:
             record.content["top_checkpoints"] = top
         record.write()  # what is known now is not measured again where the test is cut

@@ -26,6 +26,7 @@ from app.cli.typed import (
     shown_without_a_run,
     shows_classes,
     together,
+    with_parent,
 )
 from app.errors import JobsFailed, RankFailed, Refused
 from app.process.tracebacks import shorten
@@ -75,6 +76,8 @@ def main(
         refuse_environment(os.environ)
         if {"--resolve", "hydra"} <= {*arguments}:
             raise Refused("--cfg hydra cannot be resolved by itself; type --cfg all --resolve")
+        if config_name != "evaluate":
+            sys.argv[1:] = with_parent(sys.argv[1:])
         if config_name == "check" and is_sweep:
             sys.argv[1:] = as_a_check(arguments)
         hydra.main("pkg://app.conf", config_name, VERSION_BASE)(guarded)()

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from app.errors import Refused
+from app.process.files import read_yaml_list
 
 NAN = re.compile(r"(?<=[=,])nan(?=,|$)")
 """A preset of `debug`, which Hydra takes for a number."""
@@ -113,6 +114,41 @@ def shown_without_a_run(config_name: str) -> list[str]:
     """What only a run would tell Hydra, for a configuration that is shown resolved."""
     of_ours = [] if config_name == "evaluate" else ["run_dir=${hydra:run.dir}"]
     return [*of_ours, "hydra.job.num=0", "hydra.job.id=0"]
+
+
+OF_THE_COMMAND = ("name", "resume", "run_dir", "tuned", "fit", "launch", "objective", "direction",
+                  "sweep", "extend")  # fmt: skip
+"""Keys and groups that may differ between two commands of the same run."""
+
+LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
+
+
+def with_parent(arguments: list[str]) -> list[str]:
+    """What was typed, over what was typed for the run that it branches from."""
+    typed = {word.partition("=")[0].lstrip("+~"): word.partition("=")[2] for word in arguments}
+    parent = typed.get("branch_of", "null")
+    if parent in ("null", ""):
+        return arguments
+    for key in typed.keys() & {*LENGTHS}:
+        raise Refused(
+            f"{key} has no effect in a branch, which is branch_at and its decay long; type "
+            "scheduler.decay=N"
+        )
+    words = read_yaml_list(Path(parent) / "overrides.yaml")
+    if words is None:
+        raise Refused(
+            f"branch_of must be the folder of a run, got {parent}: there is none; type "
+            "branch_of=runs/NAME"
+        )
+    theirs = []
+    for word in words:
+        key = word.partition("=")[0].lstrip("+~")
+        if key not in {*typed, *LENGTHS} and key.partition(".")[0] not in OF_THE_COMMAND:
+            theirs.append(word)
+    tuned = Path(parent) / "tuned.yaml"
+    if tuned.is_file() and "tuned" not in typed:
+        theirs.append(f"tuned={tuned}")
+    return together([*theirs, *arguments])
 
 
 def named_after_job(arguments: list[str]) -> list[str]:

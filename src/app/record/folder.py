@@ -2,7 +2,7 @@
 
 config.yaml      every key as it was resolved; overrides.yaml: what was typed
 metrics.csv      a line per logged optimizer step; tensorboard/ the same for TensorBoard
-checkpoints/     best.ckpt, last.ckpt, previous.ckpt
+checkpoints/     best.ckpt, last.ckpt, previous.ckpt, and step=N.ckpt where such are kept
 curves.png       the metrics over the optimizer steps
 result.json      status, metrics, of which weights each is, batch sizes, checkpoints, seconds
 """

@@ -23,6 +23,7 @@ from app.errors import Refused
 from app.optim import Watched, epochs_done
 from app.process.files import replacing, sync_folder
 from app.process.intact import Checked, refuse_damaged
+from app.record.kept import is_due, kept_name
 from app.record.loggers import MetricsCsv
 from app.record.names import logged_as, stage_of
 from app.record.top import Top, link, remove
@@ -217,6 +218,8 @@ class Checkpoints(Kept):
             the best of them too.
         every_n_steps: also after this many optimizer steps, >= 1; None only at the epochs' ends.
         every_min: also after this many minutes, > 0; None only at the epochs' ends.
+        keep_every_n_steps: also after this many optimizer steps, >= 1, and kept as step=N.ckpt, a
+            second name of the last one's file; None keeps none.
     """
 
     def __init__(
@@ -229,6 +232,7 @@ class Checkpoints(Kept):
         filename: str | None,
         every_n_steps: int | None,
         every_min: float | None,
+        keep_every_n_steps: int | None,
     ) -> None:
         super().__init__(dirpath=dirpath)
         if top_k != 1 or filename is not None:
@@ -237,6 +241,7 @@ class Checkpoints(Kept):
         self.mode = mode
         self.every_n_steps = every_n_steps
         self.every_min = every_min
+        self.keep_every_n_steps = keep_every_n_steps
         self._saved_step = 0
         self._saved_at = time.monotonic()
         self._late = False
@@ -266,8 +271,6 @@ class Checkpoints(Kept):
             if self._resume is not None:
                 after_batch(pl_module, partial(self._resume.note_before_validation, trainer))
             return
-        if self.every_n_steps is None and self.every_min is None:
-            return
         if trainer.is_last_batch or not self._is_due(trainer):
             return
         window_open = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
@@ -278,6 +281,11 @@ class Checkpoints(Kept):
         if self.monitor is not None:
             self._watched = Watched(logged_as(self.monitor, trainer.callback_metrics))
             self._watched.begin(trainer)
+        is_inside = trainer.state.fn == "fit" and not (trainer.sanity_checking or ends_now(trainer))
+        if is_inside and not trainer.is_last_batch and self._keeps(trainer) and self._resume:
+            self._resume.repeats_validation = True
+            self.save(trainer)
+            self._resume.repeats_validation = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or self.monitor is None:
@@ -368,7 +376,13 @@ class Checkpoints(Kept):
             if self._top is not None:
                 self._top.restore(state_dict.get("top", {}), self.directory)
 
+    def _keeps(self, trainer: pl.Trainer) -> bool:
+        every = self.keep_every_n_steps
+        return is_due(trainer.global_step, saved=self._saved_step, every=every)
+
     def _is_due(self, trainer: pl.Trainer) -> bool:
+        if self._keeps(trainer):
+            return True
         steps = trainer.global_step - self._saved_step
         if self.every_n_steps is not None and steps >= self.every_n_steps:
             return True
@@ -397,6 +411,7 @@ class Checkpoints(Kept):
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write the last checkpoint, and keep the one before. All ranks call it."""
+        keeps = self._keeps(trainer)
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         self._late, self._asked_again_at = False, 0
         if trainer.is_global_zero and self.last.exists():
@@ -408,7 +423,15 @@ class Checkpoints(Kept):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCsv):
                 logger.sync()
-        trainer.save_checkpoint(self.last, weights_only=False)
+        path = self.directory / kept_name(trainer.global_step) if keeps else self.last
+        trainer.save_checkpoint(path, weights_only=False)
+        if keeps and trainer.is_global_zero:
+            link(path, self.last)
+
+
+def ends_now(trainer: pl.Trainer) -> bool:
+    """Whether the fit has made its last optimizer step."""
+    return stops_now(trainer) or -1 < trainer.max_steps <= trainer.global_step
 
 
 def stops_now(trainer: pl.Trainer) -> bool:

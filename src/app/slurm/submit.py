@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
+from app.begin.branch import branched
 from app.config import Config, check, is_single, with_overrides
 from app.errors import Refused
 from app.launch.start import of_hydra
@@ -103,7 +104,7 @@ def resolved(cfg: DictConfig) -> Config:
     if "hydra" in cfg:
         with open_dict(cfg):
             del cfg["hydra"]
-    cfg = with_overrides(cfg, of_hydra(cfg))
+    cfg = branched(with_overrides(cfg, of_hydra(cfg)))
     if cfg.trainer.devices == "auto":
         if not is_single(cfg.strategy):
             raise Refused(

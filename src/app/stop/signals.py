@@ -19,7 +19,7 @@ from app.process.asked import HEEDED, asked
 from app.resume.exact import ExactResume
 from app.resume.hooks import after_batch, switch_off, switch_on
 from app.resume.position import ResumableLoader
-from app.run.checkpoint import Checkpoints, stops_now, validation_is_due
+from app.run.checkpoint import Checkpoints, ends_now, validation_is_due
 
 SHARE_OF_TIME = 0.01
 """Of a training step, which the ranks may spend on asking each other."""
@@ -99,8 +99,7 @@ class StopsOnSignal(Listens):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._num_val_batches += 1
-        is_at_the_end = stops_now(trainer) or -1 < trainer.max_steps <= trainer.global_step
-        if self._num_val_batches >= self._least_val_batches or is_at_the_end:
+        if self._num_val_batches >= self._least_val_batches or ends_now(trainer):
             return
         if self._is_agreed():
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
