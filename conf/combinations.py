@@ -284,8 +284,8 @@ WITH_STRATEGIES: Rules = {
     "clips their 2-norm only; use clip=norm": lambda run: (
         run.is_deepspeed and run.clip and not run.is_plain_norm
     ),
-    "callbacks.checkpoint.keep_every_n_steps cannot run with strategy=deepspeed: it writes folders, "
-    "which no second name is given; type callbacks.checkpoint.keep_every_n_steps=null": lambda run: (
+    "callbacks.checkpoint.keep_every_n_steps cannot run with strategy=deepspeed: its checkpoints "
+    "are folders; type callbacks.checkpoint.keep_every_n_steps=null": lambda run: (
         run.is_deepspeed and Group(run.callbacks.checkpoint).keep_every_n_steps
     ),
     "accumulation cannot run with strategy=deepspeed: DeepSpeed's engine counts the micro-batches "
@@ -402,10 +402,10 @@ NOTES: Rules = {
     "averaging adds nothing where the schedule decays to zero: 92.9 % with it and without, on "
     "mnist1d, 5 seeds, and 95.0 % at a constant rate; use scheduler=warmup, or "
     "averaging=none": lambda run: (
-        run.averaging and run.averaging.lr_factor is None and run.decays_to_zero
+        run.averaging and run.decays_to_zero and not (run.averaging.lr or run.averaging.lr_factor)
     ),
-    "scheduler.warmup={run.scheduler.warmup} is a share of {run.run.branch_of}, not of this run: its "
-    "warm-up was the longer one's": lambda run: (
+    "scheduler.warmup={run.scheduler.warmup} is a share of {run.run.branch_of}, not of this run, "
+    "whose warm-up was that one's; a number of steps says the same of both": lambda run: (
         run.run.branch_of is not None and isinstance(run.scheduler.warmup, float)
     ),
 }

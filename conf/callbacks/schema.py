@@ -59,8 +59,8 @@ class Checkpoints:
     def __post_init__(self) -> None:
         require(
             self.keep_every_n_steps is None or self.filename != "step={step}",
-            f"callbacks.checkpoint.filename must not be {self.filename}, as those are called that "
-            "callbacks.checkpoint.keep_every_n_steps keeps; type callbacks.checkpoint.filename=null",
+            f"callbacks.checkpoint.filename must not be {self.filename}, the name of those of "
+            "callbacks.checkpoint.keep_every_n_steps; type callbacks.checkpoint.filename=null",
         )
         for key, value, default in (("top_k", self.top_k, 1), ("filename", self.filename, None)):
             require(

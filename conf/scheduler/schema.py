@@ -7,7 +7,7 @@ Lengths follow from the run: optimizer steps are counted exactly, accumulation s
 | cosine   | linear warm-up, then half a cosine to the final share           | arXiv 1608.03983 |
 | linear   | linear warm-up, then a line to the final share                  |                 |
 | warmup   | linear warm-up, then constant                                   | arXiv 1706.02677 |
-| wsd      | linear warm-up, constant, and a decay that ends with the run    | arXiv 2404.06395, 2405.18392 |
+| wsd      | linear warm-up, constant, and a decay that ends with the run    | arXiv 2405.18392 |
 | onecycle | up to the peak and down below the start, momentum opposed       | arXiv 1708.07120 |
 | steps    | multiplied by gamma at given epochs                             |                 |
 | plateau  | multiplied by a factor when the monitored metric stops improving |                 |
