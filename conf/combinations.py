@@ -304,6 +304,10 @@ WITH_STRATEGIES: Rules = {
     ),
     "compile.fullgraph=true cannot run with strategy=fsdp: each block is gathered between two "
     "graphs; type compile.fullgraph=false": lambda run: run.is_fsdp and run.compile.fullgraph,
+    "optimizer=muon cannot run with strategy=deepspeed: DeepSpeed's engine steps flat parts of the "
+    "parameters, of which no matrix is whole; use optimizer=adamw, or strategy=fsdp": lambda run: (
+        run.is_deepspeed and run.optimizer._target_ == "app.optim.Muon"
+    ),
     "optimizer=adamw8bit cannot run with strategy=fsdp: bitsandbytes cannot step shards; use "
     "optimizer=adamw, or strategy=ddp": lambda run: run.is_fsdp and run.is_8bit,
 }

@@ -47,7 +47,8 @@ app.averaging.norms app.averaging.rules app.averaging.shadow app.averaging.valid
 app.begin.relaid app.begin.weights app.blocks app.clip app.data app.data.in_memory app.data.mnist1d
 app.logger app.logger.mlflow app.logger.tensorboard app.logger.tracker app.logger.tracking
 app.logger.wandb app.models app.models.classifier app.models.cnn1d app.optim app.optim.due
-app.optim.groups app.optim.layers app.optim.optimizers app.optim.schedules
+app.optim.groups app.optim.layers app.optim.matches app.optim.matrices app.optim.muon
+app.optim.optimizers app.optim.schedules
 app.parallel.data_parallel app.parallel.sharded app.parallel.split app.pictures app.pictures.curves
 app.pictures.look app.precision app.process.intact app.process.random_state app.record.loggers
 app.record.metrics app.record.names app.record.result app.record.top app.resume app.resume.exact

@@ -72,6 +72,8 @@ def needed(preset: str) -> list[str]:
         return ["accumulate.batch_size=48"]
     if preset.startswith("optimizer=adam"):
         return ["optimizer.eps=0.01"]  # or a gradient of 1e-9 steps by the whole rate
+    if preset == "optimizer=muon":  # which makes much of a singular value that is almost none
+        return ["optimizer.eps=0.01", "optimizer.ns_dtype=float32"]
     if preset == "averaging=swa":
         return ["averaging.bn_batches=null", "averaging.anneal_epochs=1"]
     return NEEDED.get(preset, [])
@@ -225,6 +227,9 @@ REFUSED = {
     ): "compile.fullgraph=true cannot "
     "run with strategy=fsdp: each block is gathered between two graphs; type "
     "compile.fullgraph=false",
+    ("strategy=deepspeed_zero2", "optimizer=muon", GPU): "optimizer=muon cannot run with "
+    "strategy=deepspeed: DeepSpeed's engine steps flat parts of the parameters, of which no matrix "
+    "is whole; use optimizer=adamw, or strategy=fsdp",
     (
         "strategy=fsdp",
         "optimizer=adamw8bit",

@@ -20,11 +20,19 @@ names.
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
+from enum import StrEnum
 from typing import Any, get_type_hints
 
 from omegaconf import MISSING
 
 from ..rules import LARGEST_RATE, MANY, RULE, count, number, require, text
+
+Adjust = StrEnum("Adjust", "original match_rms_adamw")
+"""By what Muon multiplies the rate of a matrix: sqrt(max(1, rows / columns)), which has rates about
+0.02, or 0.2 sqrt(max(rows, columns)), with which AdamW's rate and weight decay fit."""
+
+NsDtype = StrEnum("NsDtype", "bfloat16 float32")
+"""In which Muon makes matrices orthogonal; float32 where runs are to be compared to rounding."""
 
 OFF = "to switch it off type {key}=0"
 
@@ -135,7 +143,37 @@ class AdamW8bit(Moments):
     """Tensors of fewer numbers keep moments of 32 bits, >= 0."""
 
 
-PRESETS = {"sgd": SGD, "adam": Adam, "adamw": Adam, "adamw8bit": AdamW8bit}
+@dataclass(kw_only=True)
+class Muon(Moments):
+    """Muon (kellerjordan.github.io/posts/muon, arXiv 2502.16982) for hidden matrices, else AdamW.
+
+    Hidden matrices are the weights of Linear, Conv1d, Conv2d and Conv3d (flattened to (out, rest))
+    and MultiheadAttention, and of classes derived from these, but for embeddings, what is tied to
+    one, and `adamw_for`. A fused projection, as in_proj_weight is for query, key and value, is one
+    matrix.
+    """
+
+    _target_: str = "app.optim.Muon"
+    momentum: float = number(
+        at_least=0, below=1, rule="be from 0 to below 1", instead="type {key}=0.95"
+    )
+    """Muon's, from 0 to below 1; scheduler=onecycle cycles the first of `betas` in its place."""
+    nesterov: bool = MISSING
+    """Nesterov's variant of Muon's momentum."""
+    ns_steps: int = count(at_most=99, instead="type {key}=5")
+    """Newton-Schulz iterations that make a matrix orthogonal, 1 to 99."""
+    ns_dtype: NsDtype = MISSING
+    """In which they are computed."""
+    adjust: Adjust = MISSING
+    """By what the rate of a matrix is multiplied."""
+    adamw_for: list[str] | None = MISSING
+    """Globs, as of a rule, of weights that AdamW steps; null = the head: the last trainable linear
+    or convolutional layer, in the order of registration."""
+    adamw_lr_scale: float = number(above=0, at_most=MANY, instead="type {key}=1.0")
+    """Times `lr` for AdamW, > 0."""
+
+
+PRESETS = {"sgd": SGD, "adam": Adam, "adamw": Adam, "adamw8bit": AdamW8bit, "muon": Muon}
 
 
 def check_groups(optimizer: Any) -> None:
@@ -173,6 +211,10 @@ def check_groups(optimizer: Any) -> None:
     )
 
 
+OF_ALL_GROUPS = ("lr", "groups", "layer_decay", "min_8bit_size", "adamw_for", "adamw_lr_scale",
+                 "ns_dtype", "adjust")  # fmt: skip
+"""What a rule cannot set."""
+
 OF_RULES = [field.name for field in fields(Rule)]
 
 
@@ -185,8 +227,8 @@ def _check_setting(key: str, name: str, value: Any, optimizer: Any) -> None:
     )
     known = {field.name: field for field in fields(Rule)}
     if is_dataclass(optimizer):
-        beside = ("lr", "groups", "layer_decay", "min_8bit_size")
-        others = {f.name: f for f in fields(optimizer) if f.name[0] != "_" and f.name not in beside}
+        own = [f for f in fields(optimizer) if f.name[0] != "_" and f.name not in OF_ALL_GROUPS]
+        others = {f.name: f for f in own}
         known |= others
         near = get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"

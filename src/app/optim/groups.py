@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -11,13 +10,14 @@ from torch.optim import Optimizer
 
 from app.errors import Refused
 from app.optim.layers import layers_above
+from app.optim.matches import Matches
+from app.optim.matrices import TIMES, Split
 
 RULE_KEYS = ("match", "name", "lr_scale", "optional")
 """Keys of a rule that are not settings of the optimizer."""
 
-TIMES, NAMES = "times", "names"
-"""Entries of a group beside torch's: what its rate is of that of the optimizer, and the names of
-its parameters. (`lr_scale` would be applied again by the schedules of timm.)"""
+NAMES = "names"
+"""Entry of a group beside torch's: the names of its parameters."""
 
 REST = "rest"
 
@@ -32,13 +32,15 @@ class Grouping:
             first that matches a parameter, by any of its names, has it; what none has is a group
             of its own.
         layer_decay: factor of the rate from each layer to the one below, above 0 up to 1; or None.
+        split: between two optimizers in one; or None.
     """
 
     rules: Sequence[Mapping[str, Any]] = ()
     layer_decay: float | None = None
+    split: Split | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.rules) or self.layer_decay is not None
+        return bool(self.rules) or self.layer_decay is not None or self.split is not None
 
     def of(self, model: nn.Module) -> list[dict[str, Any]]:
         """The groups of all parameters, tied and frozen ones too, each once.
@@ -47,10 +49,12 @@ class Grouping:
 
         Raises Refused where a rule has no parameter, or the model no layers.
         """
-        matches = _Matches(model)
+        matches = Matches(model)
         members: dict[nn.Parameter, int] = {}
         for number, rule in enumerate(self.rules):
-            found = matches.found(rule, number)
+            globs = [rule["match"]] if isinstance(rule["match"], str) else rule["match"]
+            key, is_optional = f"optimizer.groups[{number}].match", rule.get("optional", False)
+            found = matches.found(globs, key, is_optional=is_optional)
             mine = [parameter for parameter in found if parameter not in members]
             if not mine and found:
                 raise Refused(
@@ -59,13 +63,15 @@ class Grouping:
                 )
             members |= dict.fromkeys(mine, number)
         layers = self._layers(model)
-        groups: dict[tuple[int, int], dict[str, Any]] = {}
+        matrices = self.split.matrices(model, matches) if self.split else None
+        groups: dict[tuple[int, int, bool], dict[str, Any]] = {}
         for name, parameter in model.named_parameters():
             number, above = members.get(parameter, len(self.rules)), layers.get(name, 0)
-            if (number, above) not in groups:
-                groups[number, above] = self._group(number, above)
-            groups[number, above]["params"].append(parameter)
-            groups[number, above][NAMES].append(name)
+            place = number, above, matrices is not None and parameter not in matrices
+            if place not in groups:
+                groups[place] = self._group(*place)
+            groups[place]["params"].append(parameter)
+            groups[place][NAMES].append(name)
         ordered = [groups[key] for key in sorted(groups)]
         return sorted(ordered, key=lambda group: group[TIMES] != 1)
 
@@ -81,19 +87,21 @@ class Grouping:
             )
         return layers
 
-    def _group(self, number: int, above: int) -> dict[str, Any]:
+    def _group(self, number: int, above: int, is_adamws: bool) -> dict[str, Any]:
         rule = self.rules[number] if number < len(self.rules) else {}
         name = str(rule.get("name") or (_text(rule["match"]) if rule else REST))
         earlier = [str(r.get("name") or _text(r["match"])) for r in self.rules[:number]]
         name = f"{name}#{number}" if name in earlier else name  # LearningRateMonitor wants its own
         decay = 1.0 if self.layer_decay is None else self.layer_decay**above
-        return {
+        name = name if self.layer_decay is None else f"{name}/{above}"
+        group = {
             "params": [],
-            "name": name if self.layer_decay is None else f"{name}/{above}",
+            "name": name,
             NAMES: [],
             TIMES: float(rule.get("lr_scale", 1.0)) * decay,
             **{key: value for key, value in rule.items() if key not in RULE_KEYS},
         }
+        return self.split.marked(group, is_adamws) if self.split else group
 
     def settle(self, optimizer: Optimizer, groups: Iterable[Mapping[str, Any]]) -> None:
         """Scale the rates of an optimizer made of these groups, once.
@@ -173,50 +181,6 @@ def described(optimizer: Optimizer) -> list[str]:
             rate = "none" if group["lr"] is None else f"{float(group['lr']):.4g}"
             lines.append(f"{group['name']}: {tensors}, {sum(sizes):,} parameters  lr {rate}{decay}")
     return lines
-
-
-class _Matches:
-    """Which parameters of a model a rule matches."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._names: dict[nn.Parameter, list[str]] = {}
-        self._kinds: dict[nn.Parameter, list[type]] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            owner = model.get_submodule(path.partition(".parametrizations.")[0])
-            kinds = [kind for kind in type(owner).__mro__ if issubclass(kind, nn.Module)]
-            for name, parameter in module.named_parameters(recurse=False):
-                self._names.setdefault(parameter, []).append(f"{path}.{name}" if path else name)
-                self._kinds.setdefault(parameter, []).extend(set(kinds) - {nn.Module})
-
-    def found(self, rule: Mapping[str, Any], number: int) -> list[nn.Parameter]:
-        """Those that any of its globs matches. Raises Refused where one matches none."""
-        globs = [rule["match"]] if isinstance(rule["match"], str) else rule["match"]
-        found: dict[nn.Parameter, None] = {}
-        for glob in globs:
-            mine = [parameter for parameter in self._names if self._matches(glob, parameter)]
-            if not mine and not rule.get("optional", False):
-                raise Refused(
-                    f"optimizer.groups[{number}].match={glob} matches no parameter of "
-                    f"{type(self._model).__name__}, by its name, or by the class of the module "
-                    f"that holds it; it has {self._some()}"
-                )
-            found |= dict.fromkeys(mine)
-        return list(found)
-
-    def _matches(self, glob: str, parameter: nn.Parameter) -> bool:
-        package, _, name = glob.rpartition(".")
-        return any(fnmatchcase(one, glob) for one in self._names[parameter]) or any(
-            fnmatchcase(kind.__name__, glob)
-            or (kind.__name__ == name and f"{kind.__module__}.".startswith(f"{package}."))
-            for kind in self._kinds[parameter]
-        )
-
-    def _some(self) -> str:
-        names = [names[0] for names in self._names.values()]
-        kinds = sorted({kinds[0].__name__ for kinds in self._kinds.values() if kinds})
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
-        return f"{shown}, in modules {', '.join(kinds[:10])}"
 
 
 def _text(match: Any) -> str:

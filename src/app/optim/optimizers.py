@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from app.config import Config
 from app.errors import Refused
 from app.optim.groups import Grouping
+from app.optim.matrices import Split
 from app.optim.schedules import MakeSchedule
 from app.process.targets import BESIDE, given_by_run, located, makes_itself
 
@@ -32,7 +33,12 @@ def optimizer_of(
     if settings.get("lr", 0) is None:
         del settings["lr"]
     found = located("optimizer", config["_target_"])
-    grouping = Grouping(rules=config.get("groups") or (), layer_decay=config.get("layer_decay"))
+    scale = config.get("adamw_lr_scale")
+    grouping = Grouping(
+        rules=config.get("groups") or (),
+        layer_decay=config.get("layer_decay"),
+        split=scale and Split(adamw_for=config.get("adamw_for"), adamw_lr_scale=scale),
+    )
     if makes_itself(found, config):
         return make(settings), grouping
     theirs, name = make({**settings, "_partial_": True}), given_by_run("optimizer", found)

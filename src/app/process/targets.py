@@ -125,7 +125,7 @@ HYDRAS = {"_args_": list, "_partial_": bool, "_recursive_": bool, "_convert_": s
 
 NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 BESIDE = {
-    "optimizer": ("groups", "layer_decay"),
+    "optimizer": ("groups", "layer_decay", "adamw_for", "adamw_lr_scale"),
     "scheduler": ("interval", "frequency", "monitor"),
 }
 """Groups whose class is given one more argument by the run, and keys of them that are the run's,

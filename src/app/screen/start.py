@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from app.accumulate import Accumulation
+from app.clip import NormClip, PercentileClip
 from app.config import describe
-from app.optim import described
+from app.optim import MuonAdamW, described
 from app.parallel.split import micro_batch_size, samples_of_epoch, share_of
 
 
@@ -87,6 +88,7 @@ class StartTable(pl.Callback):
             ("length", f"{steps} optimizer steps of {parameters}"),
         ]
         rows += [row for make in self.beside for row in make()]
+        rows += [("note", note) for note in notes(trainer)]
         if trainer.global_step:
             if self._on_continue is not None:
                 self._on_continue(trainer.global_step)
@@ -104,6 +106,16 @@ class StartTable(pl.Callback):
                 *(("scheduler", of_schedule(one)) for one in trainer.lr_scheduler_configs),
             ]
         return rows
+
+
+def notes(trainer: pl.Trainer) -> Iterable[str]:
+    """What is allowed, and does less than one might think."""
+    clips = any(isinstance(c, NormClip | PercentileClip) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    if clips and any(isinstance(one, MuonAdamW) for one in trainer.optimizers):
+        yield (
+            "clipping by the norm does little to Muon, whose step has one size whatever the "
+            "gradient's (kellerjordan.github.io/posts/muon); it acts on what AdamW steps"
+        )
 
 
 def of_optimizer(optimizer: Optimizer) -> str:
