@@ -198,8 +198,8 @@ REFUSED = {
         "strategy=deepspeed_zero1",
         "callbacks.checkpoint.keep_every_n_steps=9",
         GPU,
-    ): "callbacks.checkpoint.keep_every_n_steps cannot run with strategy=deepspeed: its checkpoints "
-    "are folders; type callbacks.checkpoint.keep_every_n_steps=null",
+    ): "callbacks.checkpoint.keep_every_n_steps cannot run with strategy=deepspeed: its "
+    "checkpoints are folders; type callbacks.checkpoint.keep_every_n_steps=null",
     ("strategy=deepspeed_zero1", "accumulate=constant", GPU): "accumulation cannot run with "
     "strategy=deepspeed: DeepSpeed's engine counts the micro-batches itself; use accumulate=none, "
     "or strategy=fsdp",

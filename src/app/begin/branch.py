@@ -94,8 +94,8 @@ def _refuse_changes(before: Mapping[str, Any], config: Mapping[str, Any], path: 
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     for key in (key for key in changed if not key.startswith(OF_THE_BRANCH)):
         raise Refused(
-            f"{key.removesuffix('._target_')} must be {old.get(key)}, as in {path}, of which this run is a branch, got "
-            f"{new.get(key)}; leave it out"
+            f"{key.removesuffix('._target_')} must be {old.get(key)}, as in {path}, of which this "
+            f"run is a branch, got {new.get(key)}; leave it out"
         )
 
 
