@@ -291,11 +291,11 @@ def test_a_users_own_model_and_presets_need_no_fork(tmp_path: Path) -> None:
     config = RunFolder(tmp_path / "runs/theirs").read_config()
     assert config is not None
     assert config["clip"]["max_norm"] == 0.25
-    assert config["model"] == {"_target_": "theirs.LitModel", "lr": 0.01}
+    assert config["model"] == {"_target_": "theirs.LitModel", "hidden": 8, "lr": 0.01}
 
 
 def test_help_lists_every_group_with_its_presets(tmp_path: Path) -> None:
     text = command("app.train", "--help", cwd=tmp_path)
-    assert "clip=adaptive|none|norm|percentile|value" in text
+    assert "clip=adaptive|custom|none|norm|percentile|value" in text
     presets = (Path(conf.__file__).parent / "averaging").glob("*.yaml")
     assert f"averaging={'|'.join(sorted(path.stem for path in presets))}\n" in text
