@@ -24,7 +24,13 @@ EXACT: dict[str, tuple[str, ...]] = {
     "plateau": ("scheduler=plateau",),
     "warm-up": ("scheduler=warmup", "scheduler.warmup=3"),
     "accumulation": ("accumulate=constant", "accumulate.factor=4"),
-}
+    "a length that begins to act behind the end": (
+        "scheduler=custom", "scheduler._target_=torch.optim.lr_scheduler.SequentialLR",
+        "scheduler.interval=step", "+scheduler.milestones=[14]",
+        "+scheduler.schedulers=[{_target_: torch.optim.lr_scheduler.ConstantLR, _partial_: true, "
+        "factor: 1.0}, {_target_: torch.optim.lr_scheduler.CosineAnnealingLR, _partial_: true, "
+        "T_max: total_steps}]"),
+}  # fmt: skip
 
 
 def ended(composed: Any, folder: Path, *typed: str) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class Relaid(pl.Callback):
             groups = config.scheduler.optimizer.param_groups
             pairs = list(zip(groups, twin.param_groups, strict=True))
             if all(math.isclose(a["lr"], b["lr"], rel_tol=1e-6, abs_tol=1e-30) for a, b in pairs):
+                config.scheduler.load_state_dict(schedule.state_dict())  # a length may be in it
                 continue
             if not self._lays_out:
                 raise Refused(
