@@ -163,8 +163,9 @@ def test_what_cannot_be_a_branch_is_refused_and_leaves_nothing(
     composed: Any, tmp_path: Path, mine: Path
 ) -> None:
     for typed, said in REFUSED.items():
+        words = (f"branch_of={mine}", "trainer.max_steps=24", *typed)
         with pytest.raises(Refused) as refusal:
-            ended(composed, tmp_path / "short", *WSD, f"branch_of={mine}", *typed)
+            ended(composed, tmp_path / "short", *WSD, *words)
         assert str(refusal.value) == said.format(mine=mine)
         assert not (tmp_path / "short").exists()
     words = (*WSD, f"branch_of={mine}", "branch_at=8")

@@ -51,8 +51,9 @@ def source_of_branch(config: Config) -> Path:
     Raises Refused where there is none, or the branch would not be the run that had been given its
     length.
     """
-    assert config.branch_of is not None
     path, step = config.branch_of, config.branch_at
+    assert path is not None
+    assert step is not None
     folder = RunFolder(Path(path))
     before = folder.read_config()
     if before is None:
@@ -75,22 +76,24 @@ def source_of_branch(config: Config) -> Path:
         )
     kept = kept_steps(folder.checkpoints)
     if step not in kept:
-        there = f"those after {', '.join(map(str, kept))}" if kept else "none"
+        there = "there is none; train it with callbacks.checkpoint.keep_every_n_steps=N"
+        if kept:
+            near = min(kept, key=lambda one: abs(one - step))
+            there = f"there are those after {', '.join(map(str, kept))}; type branch_at={near}"
         raise Refused(
             f"branch_at must be an optimizer step after which {path} keeps a checkpoint, got "
-            f"{step}: there are {there}; "
-            + (
-                f"type branch_at={min(kept, key=lambda one: abs(one - (step or 0)))}"
-                if kept
-                else "train it with callbacks.checkpoint.keep_every_n_steps=N"
-            )
+            f"{step}: {there}"
         )
     return kept[step]
 
 
 def _refuse_changes(before: Mapping[str, Any], config: Mapping[str, Any], path: str) -> None:
     """Raise Refused where the steps before the branch would have been others."""
-    old, new = what_decides(before), what_decides(config)
+    is_looked_at = config["run_dir"] == "."  # of no run, by app.check: a part of every path
+    old = what_decides(before)
+    new = what_decides({**config, "run_dir": "\0"} if is_looked_at else config)
+    if is_looked_at and new["trainer.devices"] == "auto":
+        new["trainer.devices"] = old["trainer.devices"]
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     for key in (key for key in changed if not key.startswith(OF_THE_BRANCH)):
         raise Refused(

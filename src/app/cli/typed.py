@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 
 from app.errors import Refused
-from app.process.files import read_yaml_list
 
 NAN = re.compile(r"(?<=[=,])nan(?=,|$)")
 """A preset of `debug`, which Hydra takes for a number."""
@@ -134,6 +133,8 @@ def with_parent(arguments: list[str]) -> list[str]:
             f"{key} has no effect in a branch, which is branch_at and its decay long; type "
             "scheduler.decay=N"
         )
+    from app.process.files import read_yaml_list  # here: no other command needs it so early
+
     words = read_yaml_list(Path(parent) / "overrides.yaml")
     if words is None:
         raise Refused(
