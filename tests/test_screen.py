@@ -22,6 +22,7 @@ from app import cli
 from app.config import check
 from app.errors import Refused
 from app.launch.failures import failure_of
+from app.record.folder import RunFolder
 from app.run.build import build
 from app.run.progress import EpochLines
 from app.screen.start import of_optimizer, of_schedule
@@ -56,6 +57,10 @@ THEIRS = """
             self.made()
         def made(self):
             {body}
+    class Attribute(Model):
+        def __init__(self, cfg):
+            self.deep = cfg
+            super().__init__()
     class Abstract(Model, abc.ABC):
         @abc.abstractmethod
         def forward(self, x): ...
@@ -98,6 +103,18 @@ def test_a_failed_build_raises_what_the_users_class_raised(
     assert "while unbuilt.Model was built" in failure.trace
 
 
+def test_a_class_that_reads_attributes_of_a_mapping_gets_them_where_that_is_typed(
+    plain: Any, unbuilt: Callable[[str], None]
+) -> None:
+    unbuilt("self.layer = nn.Linear(self.deep.size, 1)")
+    model = {"_target_": "unbuilt.Attribute", "cfg": {"size": 3}}
+    with pytest.raises(AttributeError) as raised:
+        build(plain.but(model=model), [])
+    assert "for configurations of OmegaConf add _convert_=none" in raised.value.__notes__[0]
+    run = build(plain.but(model={**model, "_convert_": "none"}), [])
+    assert run.model.layer.weight.shape == (1, 3)
+
+
 def test_a_command_shows_a_failed_build_from_the_users_code_on(
     unbuilt: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +126,12 @@ def test_a_command_shows_a_failed_build_from_the_users_code_on(
     result = json.loads(Path("runs/x/result.json").read_text())
     assert result["error"] == "Empty"
     assert result["where"] == f"{Path('unbuilt.py').absolute()}:13 in made"
+    folder = RunFolder(Path("runs/x"))
+    other = {"run_dir": "runs/x"}
+    folder.refuse_changes(other)  # what has not begun keeps no name
+    (folder.path / "metrics.csv").touch()
+    with pytest.raises(Refused, match="another configuration"):
+        folder.refuse_changes(other)
 
 
 def test_a_class_that_cannot_be_called_is_refused(

@@ -1,13 +1,14 @@
 """A class that a configuration names is looked at before it, or anything else, is called."""
 
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app.errors import Refused
-from app.process.targets import refuse_targets
+from app.process.targets import refuse_targets, with_members
 from app.tuner.answers import read_tuned
 
 MONITOR = "lightning.pytorch.callbacks.LearningRateMonitor"
@@ -83,6 +84,24 @@ def test_a_class_that_cannot_be_what_its_place_is_for_is_refused(
     with pytest.raises(Refused) as refusal:
         refuse_targets(config)
     assert str(refusal.value) == message.format(folder=tmp_path)
+
+
+class Shade(Enum):
+    DARK = "dark"
+
+
+@pytest.mark.parametrize("text", ["dark", "DARK"])
+def test_a_text_is_the_member_of_an_enum_that_a_class_wants(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(shade: Shade, other: object = Shade.DARK, free: str = "") -> None: ...
+
+    monkeypatch.setattr("theirs.made", made, raising=False)
+    node = {"_target_": "theirs.made", "shade": text, "other": text, "free": text}
+    dark = {"shade": Shade.DARK, "other": Shade.DARK, "free": text}
+    assert with_members(node) == {"_target_": "theirs.made", **dark}
+    with pytest.raises(Refused, match=r"model\.shade must be one of dark, DARK, got light"):
+        refuse_targets({"model": {"_target_": "theirs.made", "shade": "light"}})
 
 
 def test_what_a_class_builds_itself_may_lack_arguments() -> None:

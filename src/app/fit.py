@@ -147,8 +147,10 @@ def told_by_classes(cfg: DictConfig) -> DictConfig:
 
 def recorded(cfg: DictConfig) -> dict[str, Any] | None:
     """What the run had that would be continued; None where there is none, or it is torn."""
+    folder = RunFolder(Path(cfg.run_dir))
     try:
-        return RunFolder(Path(cfg.run_dir)).read_config() if cfg.resume == "auto" else None
+        is_anew = cfg.resume == "never" or folder.has_not_begun()
+        return None if is_anew else folder.read_config()
     except Unreadable:
         return None
 

@@ -5,6 +5,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 from importlib import import_module
 from inspect import Parameter
 from pathlib import Path
@@ -169,6 +170,10 @@ def _refuse_arguments(key: str, node: Mapping[str, Any], found: Callable[..., An
     of_the_run = given_by_run(key, found) if is_given_one else None
     if of_the_run in given:
         raise Refused(f"{key}.{of_the_run} is given by the run; leave it out")
+    for name in given.keys() & parameters.keys():
+        members = _members(parameters[name])
+        if members and isinstance(given[name], str) and given[name] not in members:
+            raise Refused(f"{key}.{name} must be one of {', '.join(members)}, got {given[name]}")
     known = [name for name in known if name != of_the_run]
     is_partial = node.get("_partial_") or is_given_one
     bind = signature.bind_partial if is_partial else signature.bind
@@ -178,14 +183,38 @@ def _refuse_arguments(key: str, node: Mapping[str, Any], found: Callable[..., An
             and parameters[name].default is Parameter.empty
             and not (name in given or node.get("_args_"))
         ):
+            group, _, inside = key.partition(".")
+            plus = "" if group in ("model", "data") else "+"
+            later = f", or {plus}{key}._partial_=true where {group} calls it" if inside else ""
             raise Refused(
-                f"{key}.{name} is required by {node['_target_']}; type "
-                f"{'' if key in ('model', 'data') else '+'}{key}.{name}=VALUE"
+                f"{key}.{name} is required by {node['_target_']}; type {plus}{key}.{name}=VALUE"
+                f"{later}"
             )
     try:
         bind(*node.get("_args_", ()), **given)
     except TypeError as error:
         raise Refused(f"{key}: {error}, of {node['_target_']}; mend {key}._args_") from None
+
+
+def _members(parameter: Parameter) -> dict[str, Enum]:
+    """The members of the Enum that an argument wants one of, by their names and texts."""
+    for kind in (type(parameter.default), parameter.annotation):
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            texts = {one.value: one for one in kind if isinstance(one.value, str)}
+            return {**texts, **kind.__members__}
+    return {}
+
+
+def with_members(node: Any) -> Any:
+    """What a class is made of, with members of an Enum where it wants such and a text stands."""
+    if not (isinstance(node, Mapping) and "_target_" in node):
+        return node
+    try:
+        parameters = inspect.signature(located("", node["_target_"])).parameters
+    except (TypeError, ValueError):  # of a class written in C
+        return node
+    known = {name: _members(p) for name, p in parameters.items() if name in node}
+    return {n: known.get(n, {}).get(v, v) if isinstance(v, str) else v for n, v in node.items()}
 
 
 def taken(key: str, node: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:

@@ -179,7 +179,7 @@ class RunFolder:
             self._refuse_other_hash(config, torn)
             print(f"{torn}; it is made anew")
             return
-        if before is None:
+        if before is None or self.has_not_begun():
             return
         old, new = what_decides(before), what_decides(config)
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
@@ -189,6 +189,12 @@ class RunFolder:
                 f"{self.path} holds a run with another configuration:\n{lines}\n"
                 "give this run another name=, or type resume=never to move the old one aside"
             )
+
+    def has_not_begun(self) -> bool:
+        """Whether the run failed before its first step, and left nothing to go on with."""
+        status = (self.read_result() or {}).get("status")
+        left = ("metrics.csv", "tuned.yaml", "checkpoints/*")
+        return status == State.failed and not any(next(self.path.glob(one), None) for one in left)
 
     def _refuse_other_hash(self, config: Mapping[str, Any], torn: Unreadable) -> None:
         said = (self.read_result() or {}).get("config_hash")

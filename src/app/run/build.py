@@ -26,7 +26,7 @@ from app.parallel.data_parallel import DataParallel
 from app.parallel.sharded import Sharded
 from app.parallel.split import each, in_order
 from app.process.files import read_yaml
-from app.process.targets import refuse_targets, taken
+from app.process.targets import refuse_targets, taken, with_members
 from app.record.loggers import MetricsCsv, NoLogger
 from app.record.metrics import AwaitedMetrics, StepMetrics, awaited_metrics
 from app.resume.exact import ExactResume
@@ -348,7 +348,7 @@ def data_with(
 def _make(config: Any) -> Any:
     """What a class makes. Raises what its constructor raises, not Hydra's words for it."""
     try:
-        return instantiate(config, _convert_="all")
+        return instantiate(with_members(config), _convert_=(config or {}).get("_convert_", "all"))
     except InstantiationException as error:
         cause: BaseException = error
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
@@ -358,7 +358,9 @@ def _make(config: Any) -> Any:
     target, called = config["_target_"], cause.__traceback__
     if isinstance(cause, TypeError) and called is not None and called.tb_next is None:
         raise Refused(f"{target} cannot be built: {cause}; mend it, or name another class")
-    cause.add_note(f"while {target} was built")
+    is_of_dict = isinstance(cause, AttributeError) and type(cause.obj) is dict
+    hint = "; it gets dicts: for configurations of OmegaConf add _convert_=none to its keys"
+    cause.add_note(f"while {target} was built{hint if is_of_dict else ''}")
     raise cause
 
 
