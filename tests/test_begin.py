@@ -123,6 +123,9 @@ TAKES: dict[str, tuple[Callable[[], Any], type, dict[str, Any]]] = {
     "part of a larger one": (
         lambda: {**drawn("encoder."), "head.weight": torch.ones(3)}, LitModel,
         {"rename": {"encoder": "net"}, "only": ["*"]}),
+    "of a GAN": (
+        lambda: {"generator": drawn(""), "critic": LitModel().net.state_dict(), "epoch": 3},
+        LitModel, {"rename": {"generator": "net"}, "only": ["*"]}),
     "the student only": (lambda: drawn(""), Student, {"only": ["net.*"]}),
     "layers made late": (drawn, Late, {}),
     "lazy layers": (drawn, Lazy, {}),
@@ -178,9 +181,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], type, dict[str, Any], str]] = {
         drawn, LitModel, {"weights": "raw"}, "init_weights=raw needs an average beside raw"),
     "two networks": (
         lambda: {"generator": drawn(), "critic": drawn()}, LitModel, {},
-        "must hold weights by name, or under state_dict, got generator, critic; save"),
+        "nothing is taken: it has generator.net.0.weight, generator.net.0.bias, "),
     "no mapping": (lambda: [1], LitModel, {}, "must hold a mapping of weights, got a list"),
-    "a whole model": (LitModel, LitModel, {}, "got a Inert"),
+    "a whole model": (LitModel, LitModel, {}, "got a whole object, whose code is not run"),
 }  # fmt: skip
 
 

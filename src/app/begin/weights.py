@@ -85,11 +85,14 @@ def read(path: Path) -> dict[str, Any]:
             "torch.load(PATH, weights_only=False)['state_dict'] to a file"
         ) from error
     except Exception as error:  # of a file of somebody else's: almost anything
-        words = " ".join(str(error).split())
+        words = " ".join([f"{type(error).__name__}:", *str(error).split()])
         raise Refused(f"init_from={path} is no file that torch can read: {words:.200}") from error
     if not isinstance(content, dict):
+        of_code = isinstance(content, Inert)
+        what = "whole object, whose code is not run" if of_code else type(content).__name__
         raise Refused(
-            f"init_from={path} must hold a mapping of weights, got a {type(content).__name__}"
+            f"init_from={path} must hold a mapping of weights, got a {what}; save its state_dict() "
+            "to a file"
         )
     return {str(key): value for key, value in content.items()}
 
@@ -97,7 +100,8 @@ def read(path: Path) -> dict[str, Any]:
 def weights_in(content: Mapping[str, Any], path: Path, chosen: str | None) -> dict[str, Any]:
     """The entries, by name: those that the file is of, the averaged, or the raw ones.
 
-    Raises Refused where it has not those that are chosen, or several that could be meant.
+    Those of several parts have the names of these before theirs. Raises Refused where it has not
+    those that are chosen, or none.
     """
     raw = content.get(RAW_OF_LIGHTNING)
     other = next((content[name] for name in AVERAGED if _are_weights(content.get(name))), None)
@@ -115,8 +119,10 @@ def weights_in(content: Mapping[str, Any], path: Path, chosen: str | None) -> di
         return dict(content)
     named = [name for name in NAMES if _are_weights(content.get(name))]
     named = named or [name for name, value in content.items() if _are_weights(value)]
-    if not named or (len(named) > 1 and named[0] not in NAMES):
-        has = ", ".join(named or list(content)[:10]) or "nothing"
+    if len(named) > 1 and named[0] not in NAMES:  # of a GAN: generator, discriminator
+        return {f"{part}.{name}": item for part in named for name, item in content[part].items()}
+    if not named:
+        has = ", ".join(list(content)[:10]) or "nothing"
         raise Refused(
             f"init_from={path} must hold weights by name, or under {NAMES[0]}, got {has}; save "
             "model.state_dict() to a file"
