@@ -769,17 +769,39 @@ def test_da_kinds_a_step_that_takes_the_iterator_is_refused() -> None:
         fit(Fetches(), constant(4))
 
 
-def test_lbfgs_is_refused() -> None:
+class Sharp(torch.optim.SGD):
+    """As SAM: evaluates the batch twice a step."""
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, Sharp])
+def test_an_optimizer_that_evaluates_a_batch_again_is_refused(kind: Any) -> None:
     class Quasi(Net):
         def configure_optimizers(self) -> Any:
-            return torch.optim.LBFGS(self.parameters())
+            return kind(self.parameters(), lr=0.1)
 
-    with pytest.raises(ValueError, match="LBFGS") as caught:
+    with pytest.raises(ValueError, match="evaluates a batch") as caught:
         fit(Quasi(), constant(4))
     assert str(caught.value) == (
-        "accumulate cannot act with LBFGS, which evaluates a batch several times a step; "
-        "use accumulate=none"
+        f"accumulate cannot act with {kind.__name__}, which evaluates a batch several times a "
+        "step; use accumulate=none"
     )
+
+
+def test_one_that_does_so_trains_where_a_step_is_of_one_batch() -> None:
+    class Twice(Net):
+        def configure_optimizers(self) -> Any:
+            return Sharp(self.parameters(), lr=0.1)
+
+    weights = []
+    for callbacks in ((), (constant(1),)):
+        model = Twice()
+        fit(model, *callbacks)
+        weights.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *weights))
 
 
 OFF = "to switch accumulation off use accumulate=none"

@@ -107,6 +107,15 @@ class Flat(torch.optim.SGD):
         super().__init__([p for group in params for p in group["params"]], lr=0.1)
 
 
+class Rateless(torch.optim.SGD):
+    """As Adafactor: makes its rate itself, where it is given none."""
+
+    def __init__(self, params: Any, lr: float | None = None) -> None:
+        super().__init__(params)
+        for group in self.param_groups:
+            group["lr"] = lr
+
+
 def fitted(config: Any) -> Any:
     run = build(config, [])
     run.trainer.fit(run.model, datamodule=run.data)
@@ -202,6 +211,8 @@ REFUSED = {
     (CUSTOM, "optimizer._target_=torch.optim.Rprop", "optimizer/groups=no_decay"): "optimizer."
     "groups[0].weight_decay is not a setting of Rprop, which has lr, etas, step_sizes, foreach, "
     "maximize, differentiable, capturable; leave it out",
+    (CUSTOM, "optimizer._target_=test_optim.Rateless", "scheduler=cosine"): "scheduler needs a "
+    "rate to set, and Rateless makes its own; type optimizer.lr=0.001, or use scheduler=none",
     ("scheduler=custom", f"{TORCH}.ExponentialLR"): "scheduler.gamma is required by torch.optim."
     "lr_scheduler.ExponentialLR; type +scheduler.gamma=VALUE",
     ("scheduler=custom", f"{TORCH}.ReduceLROnPlateau"): "scheduler.monitor is required by "

@@ -102,7 +102,7 @@ class Accumulation(pl.Callback):
         self._stays_as_begun = False
         self._num_ranks: int | None = None
         self._parallel: DataParallel | None = None
-        self._is_open = False
+        self._is_open = self._has_stepped = False
 
     @property
     @abstractmethod
@@ -160,10 +160,7 @@ class Accumulation(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
-            raise Refused(
-                "accumulate cannot act with LBFGS, which evaluates a batch several times a step; "
-                "use accumulate=none"
-            )
+            raise _evaluates_again(trainer)
         if self._gradients:
             for name, parameter in pl_module.named_parameters():
                 if name in self._gradients:
@@ -173,7 +170,7 @@ class Accumulation(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        window = self._window
+        window, self._has_stepped = self._window, False
         assert window is not None
         # not `== end`: that batch may be one that the loader left out by yielding None
         if not (self._is_open and window.start <= batch_idx < window.end):
@@ -188,6 +185,8 @@ class Accumulation(pl.Callback):
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
+        if self._has_stepped and self._window != 1:  # as SAM does
+            raise _evaluates_again(trainer)
         weight = self._weight
         self._num_batches += 1
         self._total_weight += weight
@@ -206,6 +205,7 @@ class Accumulation(pl.Callback):
             stepped = (p for group in optimizer.param_groups for p in group["params"])
             rescale(stepped, self._window / total if total else None)
         self._num_batches, self._total_weight = 0, 0.0
+        self._has_stepped = True
 
     def on_train_batch_end(
         self,
@@ -312,6 +312,13 @@ class Accumulation(pl.Callback):
                 f"the batch {held or f'is a {type(batch).__name__}'}"
             )
         return float(count.sum() if isinstance(count, Tensor) else count)
+
+
+def _evaluates_again(trainer: pl.Trainer) -> Refused:
+    return Refused(
+        f"accumulate cannot act with {type(trainer.optimizers[0]).__name__}, which evaluates a "
+        "batch several times a step; use accumulate=none"
+    )
 
 
 def num_steps(trainer: pl.Trainer, estimate: int | float) -> int | float:

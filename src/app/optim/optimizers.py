@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from app.config import Config
 from app.errors import Refused
-from app.optim.groups import Grouping
+from app.optim.groups import Grouping, rate_of
 from app.optim.matrices import Split
 from app.optim.schedules import MakeSchedule
 from app.process.targets import BESIDE, given_by_run, located, makes_itself
@@ -76,6 +76,11 @@ def configure_optimizers(
         grouping.settle(optimizer, groups)
     if make_schedule is None:
         return {"optimizer": optimizer}
+    if rate_of(optimizer) is None:
+        raise Refused(
+            f"scheduler needs a rate to set, and {type(optimizer).__name__} makes its own; type "
+            "optimizer.lr=0.001, or use scheduler=none"
+        )
     schedule = make_schedule(optimizer, model.trainer)
     if grouping:
         grouping.refuse_levelled(optimizer, schedule)
