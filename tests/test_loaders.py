@@ -268,7 +268,7 @@ def test_da_state_a_run_goes_on_behind_the_last_batch_it_was_trained_on(
 ) -> None:
     if kind.startswith("stateful"):
         pytest.importorskip("torchdata.stateful_dataloader")
-    typed = (*QUIET, OFTEN, f"+data.kind='{kind}'")
+    typed = (*QUIET, OFTEN, "clip=norm", f"+data.kind='{kind}'")
     whole = fit(checked(*typed, f"run_dir={tmp_path}/whole"))
     num_batches = len(whole.model.trained_on)
     epoch = num_batches // 3
