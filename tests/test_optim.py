@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL
+from test_sharded import on_ranks
 from torch import nn
 
 from app.errors import Refused
@@ -246,3 +247,66 @@ def test_a_finder_begins_at_the_rate_that_the_class_has_by_default(
     chosen = checked(*SMALL, CUSTOM, "optimizer._target_=torch.optim.NAdam", "optimizer.lr=0.1")
     assert with_rate(chosen) is chosen
     assert with_rate(checked("optimizer=none")).plain["optimizer"] is None
+
+
+# ------------------------------------------------------------------------------------ on shards
+
+
+class Normed(torch.optim.SGD):
+    """Sums over its weights as Prodigy does, by numbers: those are of a rank's shards."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            local = [getattr(p, "_local_tensor", p) for p in group["params"]]
+            group["lr"] = 0.01 / float(sum(tensor.detach().abs().sum() for tensor in local))
+        return super().step(closure)
+
+
+class Sets(torch.optim.SGD):
+    """Sets the memory of its weights, as SAM does to go back."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data = p.data * 0.9
+        return loss
+
+
+class Fails(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            torch.ones(p.shape).mul_(p)
+        return super().step(closure)
+
+
+def outcomes(configs: dict[str, Any]) -> dict[str, str]:
+    torch.set_num_threads(1)
+    found = {}
+    for name, config in configs.items():
+        try:
+            fitted(config)
+            found[name] = "trains"
+        except Refused as refusal:
+            found[name] = str(refusal)
+    return found
+
+
+@pytest.mark.slow
+def test_an_optimizer_that_steps_shards_otherwise_than_whole_tensors_is_refused(
+    checked: Callable[..., Any],
+) -> None:
+    kinds = ["torch.optim.RAdam", *(f"test_optim.{name}" for name in ("Normed", "Sets", "Fails"))]
+    configs = {
+        kind: checked(*SMALL, CUSTOM, f"optimizer._target_={kind}", "optimizer.lr=0.01",
+                      "strategy=fsdp", "trainer.devices=2")
+        for kind in kinds
+    }  # fmt: skip
+    trains, normed, sets, fails = on_ranks(outcomes, 2, configs).values()
+    assert trains == "trains"
+    assert normed == (
+        "optimizer: Normed cannot step the shards of strategy=fsdp: it moves them otherwise than "
+        "whole ones; type strategy=ddp, or another optimizer"
+    )
+    assert sets == normed.replace("Normed", "Sets")
+    assert fails.startswith("optimizer: Fails cannot step the shards of strategy=fsdp: it raises ")

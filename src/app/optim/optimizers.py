@@ -11,7 +11,9 @@ from app.config import Config
 from app.errors import Refused
 from app.optim.groups import Grouping, rate_of
 from app.optim.matrices import Split
+from app.optim.on_shards import refuse_whole_only
 from app.optim.schedules import MakeSchedule
+from app.parallel.sharded import Sharded
 from app.process.targets import BESIDE, given_by_run, located, makes_itself
 
 MakeOptimizer = Callable[[Any], Optimizer]
@@ -66,6 +68,8 @@ def configure_optimizers(
     Frozen parameters are in it: without a gradient they do not move, and unfreezing them works.
     """
     groups = grouping.of(model) if grouping else []
+    if isinstance(model.trainer.strategy, Sharded):
+        refuse_whole_only(make_optimizer, model.trainer.strategy)
     optimizer = make_optimizer(groups or model.parameters())
     if not isinstance(optimizer, Optimizer):
         raise Refused(

@@ -317,7 +317,8 @@ def compare_at_first_step(
             raise Refused(
                 f"the gradients of {type(model).__name__} differ between the ranks: its "
                 "training_step does not average them; call self.manual_backward(loss) in place of "
-                "loss.backward(), or type strategy=single"
+                "loss.backward(), and where a loss is of a part of the weights, as a GAN's, type "
+                "strategy=ddp_find_unused; or type strategy=single"
             )
 
     handle = optimizer.register_step_pre_hook(compare)

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.optim import Optimizer
 
@@ -172,7 +172,8 @@ class Sharded(KeepsRandomState, DDPStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Say what a parameter that was not gathered means, and what to type."""
-        if "mixed torch.Tensor and DTensor" in str(exception):
+        mixed = "mixed torch.Tensor and DTensor"
+        if mixed in str(exception) and not isinstance(exception, Refused):
             exception.args = (
                 f"{exception}; strategy=fsdp gathers a block while its forward runs, and no other "
                 "method: call the block, or type strategy.shard_min_parameters=null",
@@ -221,6 +222,11 @@ class Sharded(KeepsRandomState, DDPStrategy):
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def spread(self, whole: Tensor) -> DTensor:
+        """The shards of a tensor that every rank holds, by its first dimension."""
+        assert self._mesh is not None
+        return distribute_tensor(whole, self._mesh["data_parallel"], [Shard(0)], src_data_rank=None)
 
     def spread_over(self, parameter: Tensor) -> Spread:
         """How a parameter and its gradient are sharded."""
