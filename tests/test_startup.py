@@ -34,10 +34,10 @@ app.process.tracebacks app.run
 """Ours, of what makes a project."""
 
 CHECKED = """
-app.begin app.begin.defaults app.begin.links app.begin.longer app.begin.source app.fit app.launch
-app.launch.start app.process.asked app.process.files app.process.imports app.process.ranks
-app.process.requeue app.process.targets app.record app.record.folder app.record.states app.tuner
-app.tuner.answers app.tuner.keys
+app.begin app.begin.branch app.begin.defaults app.begin.links app.begin.longer app.begin.source
+app.fit app.launch app.launch.start app.process.asked app.process.files app.process.imports
+app.process.ranks app.process.requeue app.process.targets app.record app.record.folder
+app.record.kept app.record.states app.tuner app.tuner.answers app.tuner.keys
 """
 """Ours, of a command that checks one, beside those."""
 
