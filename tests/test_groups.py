@@ -323,7 +323,7 @@ def test_a_grouped_run_is_the_one_of_groups_made_by_hand(checked: Callable[..., 
 def test_the_table_at_the_start_says_each_group_and_the_log_the_optimizers_rate(
     checked: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from app.run.progress import StartTable
+    from app.screen.start import StartTable
 
     typed = ('optimizer.groups=[{match: Linear, lr_scale: 0.5}, {match: "Conv1d", lr_scale: 0.1, '
              'weight_decay: 0.3}]', "trainer.log_every_n_steps=1")  # fmt: skip
@@ -447,7 +447,7 @@ TYPED = {
     ("optimizer/groups=no_decay",): "optimizer.groups have no effect: all their settings are those "
     "of the optimizer; type optimizer.weight_decay=0.05 too, or optimizer/groups=all",
     ("optimizer=none", "optimizer/groups=no_decay"): "optimizer.groups has no effect: optimizer is "
-    "off; choose optimizer=adam|adamw|adamw8bit|custom|sgd as well",
+    "off; choose optimizer=adam|adamw|adamw8bit|custom|muon|sgd as well",
     ("optimizer=adamw", 'optimizer.groups=[{match: "*", betas: [0.5]}]'): "optimizer.groups[0]."
     "betas must be 2 numbers, got [0.5]",
     ("optimizer.layer_decay=2",): "optimizer.layer_decay must be above 0, up to 1, got 2.0; type "
