@@ -23,7 +23,8 @@ OF_LIGHTNING = {
 
 SHOWN = """
 app app.cli app.cli.explained app.cli.presets app.cli.typed app.conf app.config app.errors
-app.monitored app.parallel app.parallel.sizes app.process app.process.tracebacks app.run
+app.monitored app.multirun_examples app.parallel app.parallel.sizes app.process
+app.process.tracebacks app.run
 """
 """Ours, of a command that only shows a configuration; without the schemas of its groups."""
 
@@ -48,13 +49,13 @@ app.begin.relaid app.begin.weights app.blocks app.clip app.data app.data.in_memo
 app.logger app.logger.mlflow app.logger.tensorboard app.logger.tracker app.logger.tracking
 app.logger.wandb app.models app.models.classifier app.models.cnn1d app.optim app.optim.due
 app.optim.groups app.optim.layers app.optim.matches app.optim.matrices app.optim.muon
-app.optim.optimizers app.optim.schedules
-app.parallel.data_parallel app.parallel.sharded app.parallel.split app.pictures app.pictures.curves
-app.pictures.look app.precision app.process.intact app.process.random_state app.record.loggers
-app.record.metrics app.record.names app.record.result app.record.top app.resume app.resume.exact
-app.resume.held app.resume.hooks app.resume.modes app.resume.position app.resume.unfinished
-app.run.beside app.run.build app.run.checkpoint app.run.measured app.run.progress app.run.raw
-app.run.trainer app.screen app.screen.start app.stop app.stop.signals app.strategy
+app.optim.on_shards app.optim.optimizers app.optim.schedules app.parallel.data_parallel
+app.parallel.sharded app.parallel.split app.pictures app.pictures.curves app.pictures.look
+app.precision app.process.intact app.process.random_state app.record.loggers app.record.metrics
+app.record.names app.record.result app.record.top app.resume app.resume.exact app.resume.held
+app.resume.hooks app.resume.modes app.resume.position app.resume.unfinished app.run.beside
+app.run.build app.run.checkpoint app.run.measured app.run.progress app.run.raw app.run.trainer
+app.screen app.screen.start app.stop app.stop.signals app.strategy
 """
 """Ours, of the default run, beside those."""
 
