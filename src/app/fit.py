@@ -224,7 +224,9 @@ def refuse_beginning(config: Config) -> None:
         source_of(config.init_from)
     if named_in(config.plain) - shipped_targets():
         with importing():
-            refuse_targets(config.plain)
+            from app.run.build import technique_settings
+
+            refuse_targets(config.plain | technique_settings(config))
 
 
 def work(

@@ -1,0 +1,1 @@
+"""Sweeps to begin with: a file each, with its question, its command and its measured table."""
