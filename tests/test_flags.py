@@ -79,16 +79,20 @@ def test_the_configuration_of_hydra_alone_is_not_resolved(
         ("optimizer=glob(*)", "optimizer=glob(*)"),
     ],
 )
-@pytest.mark.parametrize("flag", [["--config-dir", "{}"], ["-cd", "{}"], ["--config-dir={}"]])
+@pytest.mark.parametrize("flag", [["--config-dir", "{}"], ["-cd", "{}"], ["--config-dir={}"], []])
 def test_a_glob_of_experiments_is_over_ones_own(
-    word: str, listed: str, flag: list[str], tmp_path: Path
+    word: str, listed: str, flag: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     for name in ("mine/a", "mine/b", "top"):
         path = tmp_path / f"experiment/{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     typed = [part.format(tmp_path) for part in flag]
+    project = tmp_path / "pyproject.toml"
+    project.write_text("" if flag else "[tool.effective-training]\nconf = '.'")
     assert cli.over_ones_own([*typed, "-m", word]) == [*typed, "-m", listed]
+    project.write_text("[tool.effective-training]\nconf = 'nowhere'")
     assert cli.over_ones_own(["-m", word]) == ["-m", word]
 
 

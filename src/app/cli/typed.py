@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from app.cli.presets import project_conf
 from app.errors import Refused
 
 NAN = re.compile(r"(?<=[=,])nan(?=,|$)")
@@ -95,11 +96,17 @@ def together(arguments: list[str]) -> list[str]:
 
 
 def over_ones_own(arguments: list[str]) -> list[str]:
-    """What was typed, `experiment=glob(*)` as a list of the experiments in a `--config-dir`, also
-    in folders of it, where it has such: those that are shipped are not what is meant."""
+    """What was typed, `experiment=glob(*)` as a list of the experiments in a `--config-dir`, or of
+    the project, also in folders of it, where it has such: those that are shipped are not meant."""
+    if not any(word.startswith("experiment=glob(") for word in arguments):
+        return arguments
+    try:
+        project = project_conf()
+    except Refused:  # said when it is composed
+        return arguments
     folders = [word for flag, word in pairwise(arguments) if flag in ("--config-dir", "-cd")]
     folders += [word[13:] for word in arguments if word.startswith("--config-dir=")]
-    roots = [Path(folder) / "experiment" for folder in folders]
+    roots = [Path(folder) / "experiment" for folder in [*folders, project] if folder]
     names = [str(path.relative_to(r).with_suffix("")) for r in roots for path in r.rglob("*.yaml")]
     typed = []
     for word in arguments:
