@@ -465,7 +465,8 @@ def test_a_class_is_made_by_the_run_with_what_is_typed(here: Path) -> None:
     result: Any = app.run(*typed, model=Lit, data=Data, name="mine")
     assert result["optimizer_steps"] == 6
     config: Any = RunFolder(here / "runs/mine").read_config()
-    assert config["model"] == {"_target_": "test_library.Lit", "lr": 0.05}
+    model = {"_target_": "test_library.Lit", "lr": 0.05, "batch_norm": False}
+    assert config["model"] == model
 
 
 def test_the_weights_of_several_processes_reach_the_object(here: Path) -> None:
@@ -492,7 +493,7 @@ ANEW = (
     "makes {what} anew, with other values, and was given an object; give the class and what it "
     "takes: {give}"
 )
-BOTH = "model=Lit, '+model.KEY=VALUE', data=Data, '+data.KEY=VALUE'"
+BOTH = "model=Lit, 'model.KEY=VALUE', data=Data, 'data.KEY=VALUE'"
 RUNS_REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "typed and given": (("model=mlp",), {"model": Lit()}, "model is given, and model= typed as "
                         "well; leave one of them out"),
@@ -510,6 +511,10 @@ RUNS_REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
                     "tuner.batch_size " + ANEW.format(what="model and data", give=BOTH)),
     "its own rate": (("tuner=lr_find",), {"model": Lit(), "data": Data()},
                      "tuner.lr " + ANEW.format(what="model and data", give=BOTH)),
+    "a link": (("link={model.lr: x}",), {"model": Lit(), "data": Data()},
+               "link " + ANEW.format(what="model and data", give=BOTH)),
+    "an argument": (("model.lr=1",), {"model": Lit()}, "model.lr=1 is an argument of a class, and "
+                    "model was given as an object; give the class: model=Lit"),
     "a name": ((), {"name": "../x"}, "name must be that of a folder, which no dot begins, got "
                "../x; type name=mine"),
 }  # fmt: skip

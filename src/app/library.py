@@ -86,7 +86,7 @@ def run(
         if name is not None:
             cfg.name = name
         if objects:
-            _refuse_beside_objects(cfg, objects)
+            _refuse_beside_objects(cfg, objects, overrides)
         result = fit.run(cfg, typed=overrides, objects=objects)
     if result is not None and "model" in objects:
         _deliver(model, Path(cfg.run_dir), result["checkpoints"], cfg.test)
@@ -170,10 +170,20 @@ def _has_own(kind: Any, base: Any, name: str) -> bool:
     return getattr(kind, name) is not getattr(base, name)
 
 
-def _refuse_beside_objects(cfg: DictConfig, objects: Mapping[str, Any]) -> None:
+def _refuse_beside_objects(
+    cfg: DictConfig, objects: Mapping[str, Any], overrides: Sequence[str]
+) -> None:
     """Raise Refused where something makes model or data anew, with other values."""
     tuner, classes = cfg.tuner, {group: type(one).__name__ for group, one in objects.items()}
+    for word in overrides:
+        group, _, name = _key(word).partition(".")
+        if group in objects and name:
+            raise Refused(
+                f"{word} is an argument of a class, and {group} was given as an object; give the "
+                f"class: {group}={classes[group]}"
+            )
     for key, is_on in (
+        ("link", cfg.link),
         ("sharing", cfg.sharing is not None and "data" in objects),
         ("tuner.batch_size", tuner is not None and tuner.batch_size is not None),
         ("tuner.lr", tuner is not None and tuner.lr is not None and cfg.optimizer is None),
@@ -184,7 +194,7 @@ def _refuse_beside_objects(cfg: DictConfig, objects: Mapping[str, Any]) -> None:
                 f"{key} makes {' and '.join(objects)} anew, with other values, and was given an "
                 "object; give the class and what it takes: "
                 + ", ".join(
-                    f"{group}={name}, '+{group}.KEY=VALUE'" for group, name in classes.items()
+                    f"{group}={name}, '{group}.KEY=VALUE'" for group, name in classes.items()
                 )
             )
     if tuner is not None:
