@@ -34,6 +34,10 @@ KEYS = {
     ("averaging=none", "++averaging.decay=0.9"): "averaging.decay has no effect: averaging is off; "
     f"choose averaging={AVERAGES} as well",
     ("model=custom",): "model._target_ is required; type model._target_=VALUE",
+    ("clip=custom", "clip._target_=theirs.Rule", "clip.maxnorm=1"): (
+        "clip.maxnorm is not a key; known are clip._target_, clip.nonfinite; what its class takes "
+        "has a plus before it: +clip.maxnorm=VALUE"
+    ),
     ("+seeed=1",): "seeed is not a key; did you mean seed?",
     ("+clip.maxnorm=1",): "clip.maxnorm is not a key; did you mean clip.max_norm?",
     ("+model.zzz=1",): "model.zzz is not a key; known are model.batch_norm, model.channels, "

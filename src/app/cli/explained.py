@@ -157,7 +157,11 @@ def _unknown_key(error: of_omegaconf.OmegaConfBaseException) -> str:
         return told
     if not known and prefix in groups():
         return no_effect(key, prefix)
-    return unknown_key(key, known)
+    shape = OmegaConf.get_type(parent) if isinstance(parent, DictConfig) else None
+    is_free = shape is dict and "_target_" in known
+    takes_more = is_free or getattr(shape, "_takes_settings_", False)
+    more = f"; what its class takes has a plus before it: +{key}=VALUE" if takes_more else ""
+    return unknown_key(key, known) + more
 
 
 def replaced(key: str, schema: Any) -> str | None:

@@ -184,8 +184,10 @@ def _refuse_arguments(key: str, node: Mapping[str, Any], found: Callable[..., An
             and not (name in given or node.get("_args_"))
         ):
             group, _, inside = key.partition(".")
-            plus = "" if group in ("model", "data") else "+"
-            later = f", or {plus}{key}._partial_=true where {group} calls it" if inside else ""
+            is_theirs = group in ("model", "data")
+            plus = "" if is_theirs else "+"
+            later = f", or {key}._partial_=true where the {group} calls it"
+            later = later if is_theirs and inside else ""
             raise Refused(
                 f"{key}.{name} is required by {node['_target_']}; type {plus}{key}.{name}=VALUE"
                 f"{later}"
