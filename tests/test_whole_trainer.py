@@ -88,6 +88,13 @@ def test_overfit_batches_trains_as_lightning_does(
         assert torch.equal(tensor, ours.model.state_dict()[name]), name
 
 
+def test_a_share_to_overfit_on_validates_as_far_as_typed(checked: Callable[..., Any]) -> None:
+    words = (*SMALL, "trainer.overfit_batches=0.5", "trainer.limit_train_batches=null")
+    trainer = fit(checked(*words, "trainer.limit_val_batches=1"), cut_at=None).trainer
+    assert trainer.num_val_batches == [1]
+    assert trainer.limit_train_batches == 0.5
+
+
 PLUGINS = {
     "Io": "a CheckpointIO, as the files of a run are made and read by callbacks.checkpoint; leave "
     "it out",

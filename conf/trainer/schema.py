@@ -81,7 +81,7 @@ class Trainer:
     """Likewise of `app.evaluate stage=predict`."""
     overfit_batches: int | float | None = MISSING
     """Train on these first micro-batches (int), or this share of them (float), in every epoch, not
-    shuffled, and validate on as many; null = on all. For finding faults."""
+    shuffled, and validate on as many, or limit_val_batches; null = on all. For finding faults."""
     val_check_interval: int | float = MISSING
     """Validate after this many micro-batches (int) or this share of an epoch (float)."""
     check_val_every_n_epoch: int | None = count(

@@ -107,7 +107,7 @@ class Trainer(AveragingTrainer):
         threads: intra-op threads of torch on the CPU; None: torch's own choice. Tiny models
             are faster with one, and give the same weights on every machine load.
         deterministic: refuse operations that have no deterministic implementation.
-        overfit_batches: train on the first of them only, and validate on as many.
+        overfit_batches: train on the first of them only, and validate on as many, if not limited.
         profiler: simple, advanced or pytorch; writes into `run_dir`.
         plugins: Lightning's, by the names that say which one is refused.
         strategy: Lightning's, or its name. "auto" trains this process alone, also where it is one
@@ -185,7 +185,7 @@ class Trainer(AveragingTrainer):
         has_own = refuse_plugins(plugins, precision=precision)
         if overfit_batches is not None:  # not Lightning's: it would take the loaders apart
             limit_train_batches = overfit_batches
-            limit_val_batches = 0 if limit_val_batches in (0, 0.0) else overfit_batches
+            limit_val_batches = overfit_batches if limit_val_batches is None else limit_val_batches
         super().__init__(
             max_epochs=-1 if max_epochs is None else max_epochs,
             max_steps=-1 if max_steps is None else max_steps,
