@@ -105,6 +105,13 @@ class Seen:
         return is_falling and (scheduler.final is None or scheduler.final < ABOUT_ZERO)
 
     @property
+    def has_other_rate(self) -> bool:
+        """Whether a rate is searched in place of which the schedule has one of its own."""
+        lr = Group(self.tuner.lr)
+        is_searched = lr and not self.tuner.milestones and lr.key in (None, "optimizer.lr")
+        return bool(is_searched) and self.scheduler._target_ in WITH_RATE
+
+    @property
     def half_of_epochs(self) -> int:
         """A milestone that it reaches."""
         return int(self.trainer.max_epochs // 2)
@@ -254,6 +261,9 @@ BY_LENGTH = ("app.optim.WarmupDecay", "app.optim.WarmupStableDecay", "app.optim.
 ABOUT_ZERO = 0.02
 """A share of the peak that no longer moves the weights."""
 
+WITH_RATE = ("torch.optim.lr_scheduler.OneCycleLR", "torch.optim.lr_scheduler.CyclicLR")
+"""Schedules that set the rate whatever that of the optimizer is."""
+
 PACKAGES: dict[str, tuple[Callable[[Seen], bool], str, str]] = {
     "bitsandbytes": (lambda run: run.is_8bit, "optimizer=adamw8bit", "adamw"),
     "deepspeed": (lambda run: run.is_deepspeed, "strategy=deepspeed", "fsdp"),
@@ -321,6 +331,8 @@ RULES: Rules = {
     "choose an optimizer, or use scheduler=none": lambda run: run.scheduler and not run.optimizer,
     "scheduler needs the length of the run; type trainer.max_epochs=30 or trainer.max_steps=1000, "
     "or use scheduler=none": lambda run: run.is_endless and run.scheduler._target_ in BY_LENGTH,
+    "tuner.lr searches optimizer.lr, in place of which {run.scheduler._target_} sets its max_lr; "
+    "use scheduler=onecycle, or tuner=batch_size": lambda run: run.has_other_rate,
     "scheduler.milestones={run.scheduler.milestones} are not all before "
     "trainer.max_epochs={run.trainer.max_epochs}; type "
     "'scheduler.milestones=[{run.half_of_epochs}]'": lambda run: run.late_milestones,

@@ -240,7 +240,7 @@ def test_the_commands_of_a_failed_trial_of_an_example_run_it_alone(tmp_path: Pat
     printed = command(
         "--config-dir", str(EXAMPLES), "--config-name", "optuna_study", "launch=local",
         "sweep.num_trials=1", "model=custom", "model._target_=failing.FailsOnce",
-        "+model.number=1", *THEIRS[3:], cwd=tmp_path, exit_code=1,
+        "+model.number=1", *THEIRS[3:], "optimizer=sgd", cwd=tmp_path, exit_code=1,
     )  # fmt: skip
     of_the_queue = printed.splitlines()[-1]
     refused = command(
