@@ -92,6 +92,23 @@ def test_groups_of_rules_are_divided_and_each_has_its_rate(checked: Callable[...
     assert groups["Conv1d/muon"]["momentum"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("match", "key", "whose"),
+    [("*.bias", "momentum", "Muon's, and all that the rule matches is stepped by AdamW"),
+     ("first.*", "eps", "AdamW's, and all that the rule matches is stepped by Muon")],
+)  # fmt: skip
+def test_a_setting_that_what_steps_the_parameters_does_not_read_is_refused(
+    match: str, key: str, whose: str
+) -> None:
+    rules = [{"match": "*.weight", key: 0.5}, {"match": match, key: 0.5}]
+    Grouping(rules=rules[:1], split=PLAIN).of(Net())
+    with pytest.raises(Refused) as refusal:
+        Grouping(rules=rules[1:], split=PLAIN).of(Net())
+    assert str(refusal.value) == (
+        f"optimizer.groups[0].{key} has no effect: it is {whose}; leave it out"
+    )
+
+
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_it_is_torchs_muon_on_matrices_and_torchs_adamw_on_the_rest(

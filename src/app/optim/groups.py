@@ -72,6 +72,10 @@ class Grouping:
                 groups[place] = self._group(*place)
             groups[place]["params"].append(parameter)
             groups[place][NAMES].append(name)
+        for number, rule in enumerate(self.rules):
+            if self.split:
+                kinds = {is_adamws for of, _, is_adamws in groups if of == number}
+                self.split.refuse_idle(number, rule, kinds)
         ordered = [groups[key] for key in sorted(groups)]
         return sorted(ordered, key=lambda group: group[TIMES] != 1)
 

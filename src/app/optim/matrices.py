@@ -1,6 +1,6 @@
 """Which parameters are hidden matrices: for optimizers that step those in another way."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ optimizers steps it. (`lr_scale` would be applied again by the schedules of timm
 
 HOLDERS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention")
 EMBEDDINGS = ("Embedding", "EmbeddingBag")
+OF_ADAMW = {"momentum": False, "nesterov": False, "ns_steps": False, "betas": True, "eps": True}
+"""Settings that only one of the two reads, and whether that is AdamW."""
+
 HEADS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -56,6 +59,18 @@ class Split:
         times = group[TIMES] * (self.adamw_lr_scale if is_adamws else 1)
         name = f"{group['name']}/{'adamw' if is_adamws else 'muon'}"
         return group | {"name": name, TIMES: times, IS_MUONS: not is_adamws}
+
+    def refuse_idle(
+        self, number: int, rule: Mapping[str, Any], are_adamws: Collection[bool]
+    ) -> None:
+        """Raise Refused where no parameter of a rule is stepped by what reads its settings."""
+        for key in (key for key in rule if key in OF_ADAMW):
+            if are_adamws and OF_ADAMW[key] not in are_adamws:
+                one, other = ("AdamW", "Muon") if OF_ADAMW[key] else ("Muon", "AdamW")
+                raise Refused(
+                    f"optimizer.groups[{number}].{key} has no effect: it is {one}'s, and all that "
+                    f"the rule matches is stepped by {other}; leave it out"
+                )
 
 
 def _is_matrix(parameter: nn.Parameter, matches: Matches) -> bool:
