@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,11 @@ HANGS_ON: dict[str, tuple[str, str, Callable[[], bool]]] = {
         "averaging/files.py memory.py resume/held.py",
         "that a model which edits what it loads, and a block which changes a buffer, are noticed",
         lambda: _of(lambda: torch.zeros(1), "_version"),
+    ),
+    "._wandb_init": (
+        "logger/wandb.py",
+        "that W&B does not warn of a setting that nobody has typed",
+        lambda: find_spec("wandb") is None or _of(pl.loggers.WandbLogger, "_wandb_init"),
     ),
     "lightning.fabric.utilities.init._materialize_distributed_module": (
         "parallel/sharded.py",

@@ -62,6 +62,7 @@ class Wandb(Tracker, WandbLogger):
             mode=mode,
             id=self._run_id,
         )
+        self._wandb_init.pop("anonymous", None)  # Lightning's None, of which W&B warns
 
     def begin(self) -> None:
         """Begin the run, or go on with it."""
