@@ -344,6 +344,13 @@ RULES: Rules = {
     "off; type trainer.limit_val_batches=null, or use callbacks=default": lambda run: (
         run.is_unvalidated and run.of_validation(Group(run.callbacks.early_stopping).monitor)
     ),
+    "callbacks.checkpoint.top_k keeps the best of a validation, which trainer.limit_val_batches=0 "
+    "switches off; type trainer.limit_val_batches=null, or "
+    "callbacks.checkpoint.monitor=train_loss": lambda run: (
+        run.is_unvalidated
+        and Group(run.callbacks.checkpoint).top_k not in (None, 1)
+        and run.of_validation(Group(run.callbacks.checkpoint).monitor)
+    ),
     "sharing shares what a LightningDataModule sets up, and data=none has none; use "
     "sharing=none": lambda run: run.sharing and not run.data,
     "accumulate.starts has {run.late_starts}, which the run never reaches "

@@ -139,6 +139,9 @@ COMBINATIONS = {
     ("callbacks=early_stopping", "trainer.limit_val_batches=0"): "callbacks.early_stopping watches "
     "the validation, which trainer.limit_val_batches=0 switches off; type "
     "trainer.limit_val_batches=null, or use callbacks=default",
+    ("callbacks.checkpoint.top_k=3", "trainer.limit_val_batches=0"): "callbacks.checkpoint.top_k "
+    "keeps the best of a validation, which trainer.limit_val_batches=0 switches off; type "
+    "trainer.limit_val_batches=null, or callbacks.checkpoint.monitor=train_loss",
     ("accumulate=schedule", "trainer.max_epochs=15"): "accumulate.starts has [20], which the run "
     "never reaches (trainer.max_epochs=15); leave them out",
     ("averaging=swa", "averaging.start=30"): "averaging.start=30 is not before the end of the run "

@@ -34,6 +34,11 @@ def logged_no_raw_metric(run: Run) -> bool:
     return not any(name.startswith("raw_") for name in run.trainer.callback_metrics)
 
 
+def kept_no_best(run: Run) -> bool:
+    best, last = run.checkpoints().values()
+    return best == last and not run.top()
+
+
 def trained(run: Run) -> bool:
     return run.trainer.global_step > 0
 
@@ -62,6 +67,7 @@ FAILURES = [
      pytest.raises(MisconfigurationException, match="val_loss which is not available"), None),
     (("callbacks=early_stopping", NO_VALIDATION),
      pytest.raises(RuntimeError, match="val_loss` which is not available"), None),
+    (("callbacks.checkpoint.top_k=3", NO_VALIDATION), silent(), kept_no_best),
     (("accumulate=schedule",), silent(), never_grew_its_window),
     (("averaging=swa", "averaging.start=2"),
      pytest.warns(UserWarning, match="averaging never started"), trained),
