@@ -369,6 +369,16 @@ def test_a_setting_that_a_class_does_not_take_is_refused_where_it_is_typed() -> 
         app.callbacks(*typed, "averaging.bn_batches=4")
 
 
+def test_an_experiment_may_have_more_callbacks(tmp_path: Path) -> None:
+    path = tmp_path / "experiment/mine.yaml"
+    path.parent.mkdir()
+    rate = "lightning.pytorch.callbacks.LearningRateMonitor"
+    path.write_text(f"# @package _global_\ncallbacks: {{rate: {{_target_: {rate}}}}}\n")
+    made = app.library.check(app.library._composed(["run_dir=x", "experiment=mine"], tmp_path))
+    assert made.plain["callbacks"]["rate"] == {"_target_": rate}
+    assert [*made.plain["callbacks"]] == ["checkpoint", "early_stopping", "progress", "rate"]
+
+
 def test_presets_of_ones_own_are_read_from_a_folder(tmp_path: Path) -> None:
     (tmp_path / "clip").mkdir()
     text = (

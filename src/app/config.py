@@ -1,6 +1,7 @@
 """The checked configuration: every key, value and combination of it allowed. Needs no torch."""
 
 import copy
+import difflib
 import hashlib
 import json
 import math
@@ -259,6 +260,8 @@ def _refuse_unread(cfg: DictConfig) -> None:
             key, value = f"{path}{name}", node[name]
             if getattr(shape, "_takes_others_", False):
                 if not (value is None or (isinstance(value, DictConfig) and "_target_" in value)):
+                    if difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+                        raise Refused(unknown_key(key, known))
                     raise Refused(f"{key} needs a class; type +{key}._target_=package.module.Class")
             elif path or not (_is_group(name, value) or _is_read(name, cfg)):
                 told = replaced(key, shape)
