@@ -212,6 +212,8 @@ REFUSED = {
     (CUSTOM, "optimizer._target_=torch.optim.Rprop", "optimizer/groups=no_decay"): "optimizer."
     "groups[0].weight_decay is not a setting of Rprop, which has lr, etas, step_sizes, foreach, "
     "maximize, differentiable, capturable; leave it out",
+    ("scheduler=custom", f"{TORCH}.PolynomialLR", "+scheduler.total_iters=total_step"): "scheduler"
+    ": total_step is no length of the run; did you mean total_steps?",
     (CUSTOM, "optimizer._target_=test_optim.Rateless", "scheduler=cosine"): "scheduler needs a "
     "rate to set, and Rateless makes its own; type optimizer.lr=0.001, or use scheduler=none",
     ("scheduler=custom", f"{TORCH}.ExponentialLR"): "scheduler.gamma is required by torch.optim."

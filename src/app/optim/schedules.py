@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -201,11 +202,17 @@ LENGTHS = {"total_steps": total_steps, "total_epochs": total_epochs}
 
 
 def with_lengths(settings: Any, trainer: pl.Trainer) -> Any:
-    """Settings in plain containers, each word of `LENGTHS` replaced by the number."""
+    """Settings in plain containers, each word of `LENGTHS` replaced by the number.
+
+    Raises Refused where a word is nearly one.
+    """
     if isinstance(settings, Mapping):
         return {key: with_lengths(value, trainer) for key, value in settings.items()}
     if isinstance(settings, list):
         return [with_lengths(value, trainer) for value in settings]
+    if isinstance(settings, str) and settings not in LENGTHS:
+        for near in get_close_matches(settings, LENGTHS, n=1, cutoff=0.8):
+            raise Refused(f"scheduler: {settings} is no length of the run; did you mean {near}?")
     is_word = isinstance(settings, str) and settings in LENGTHS
     return LENGTHS[settings](trainer) if is_word else settings
 
