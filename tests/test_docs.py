@@ -13,8 +13,8 @@ from app.config import check
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OF_OTHERS = ("…", "theirs", "timm.", "transformers.", "extend=", "tuned=", "launch=", "branch_of=", "deepspeed",
-             "=mine", "experiment=first", "NAME=VALUE")  # fmt: skip
+OF_OTHERS = ("…", "theirs", "timm.", "transformers.", "extend=", "tuned=", "launch=", "branch_of=",
+             "deepspeed", "=mine", "experiment=first", "NAME=VALUE")  # fmt: skip
 """In commands that need what is not here: classes, files, a project, a sweep's jobs."""
 
 
