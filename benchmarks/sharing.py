@@ -174,7 +174,7 @@ def whole_run(strategy: str, mode: str, kind: str, num_bytes: int) -> dict[str, 
             sys.executable, "-m", "app.train", *chosen, f"strategy={strategy}",
             f"trainer.devices={NUM_PROCESSES}", "trainer.accelerator=cpu", "trainer.max_epochs=1",
             "trainer.limit_val_batches=0", "test=none", "logger=none", "callbacks.checkpoint=null",
-            "model=custom", "model._target_=sharing.Tiny", "data=custom",
+            "model=custom", "model._target_=sharing.Tiny", "optimizer=sgd", "data=custom",
             "data._target_=sharing.Data", f"+data.kind={kind}", f"+data.num_bytes={num_bytes}",
             "+callbacks.measure._target_=sharing.Measure", f"+callbacks.measure.path={found}",
         ]  # fmt: skip

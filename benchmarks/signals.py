@@ -24,7 +24,7 @@ from side_by_side import show, sized
 from step import BATCH, Model, bare
 
 from app.launch.local import run_local
-from app.run import signals
+from app.stop import signals
 
 ROUNDS = sized(90, 1)
 BLOCK = sized(200, 2)

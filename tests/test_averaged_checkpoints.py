@@ -458,6 +458,7 @@ def test_every_way_to_a_file_is_of_the_average(tmp_path: Path) -> None:
         mode="min",
         top_k=1,
         filename=None,
+        keep_every_n_steps=None,
         every_n_steps=1,
         every_min=None,
     )

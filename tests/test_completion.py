@@ -48,7 +48,7 @@ def completed(shell: str, typed: str, before: str = "") -> list[str]:
         pytest.skip(f"{shell} is not installed")
     line = shlex.quote(typed)
     template = {"bash": BASH, "zsh": ZSH, "fish": FISH}[shell]
-    text = template.format(script=SRC / f"app/completion.{shell}", line=line, before=before)
+    text = template.format(script=SRC / f"app/cli/completion.{shell}", line=line, before=before)
     flags = {"bash": ["--norc"], "zsh": ["-f"], "fish": ["--no-config"]}[shell]
     bin_of = str(Path(sys.executable).parent)
     environment = {**os.environ, "PYTHONPATH": str(SRC), "PATH": f"{bin_of}:{os.environ['PATH']}"}
