@@ -43,8 +43,8 @@ def _nodes(path: str, shapes: dict[str, type]) -> Lazy:
 def _node(path: str, name: str, shape: type) -> ConfigNode:
     if shape is dict:  # of the user's class: it takes keys that no schema knows
         node = OmegaConf.create({"_target_": MISSING}, flags={"struct": False})
-    else:  # a file, which knows no plus, may have more callbacks and loggers
-        is_open = getattr(shape, "_takes_others_", False)
+    else:  # a file, which knows no plus, may have more callbacks and loggers, groups and variables
+        is_open = getattr(shape, "_takes_others_", False) or name == "train"
         node = OmegaConf.structured(shape, flags={"struct": False} if is_open else None)
     return ConfigNode(name=f"{name}.yaml", node=node, group=path, package=None, provider=None)
 

@@ -379,6 +379,23 @@ def test_an_experiment_may_have_more_callbacks(tmp_path: Path) -> None:
     assert [*made.plain["callbacks"]] == ["checkpoint", "early_stopping", "progress", "rate"]
 
 
+def test_an_experiment_may_have_groups_and_variables_of_ones_own(tmp_path: Path) -> None:
+    for name, text in {
+        "experiment/mine": "# @package _global_\ndefaults: [/paths: here]\nlimit: 48\n"
+        "trainer: {limit_train_batches: '${limit}'}\nname: '${paths.name}'\n",
+        "paths/here": "name: of_a_group\n",
+        "experiment/typo": "# @package _global_\nlimit: 48\n",
+    }.items():
+        path = tmp_path / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    composed = app.library._composed(["run_dir=x", "experiment=mine"], tmp_path)
+    made = app.library.check(composed)
+    assert (made.trainer.limit_train_batches, made.name) == (48, "of_a_group")
+    with pytest.raises(Refused, match="limit is not a key"):
+        app.library.check(app.library._composed(["run_dir=x", "experiment=typo"], tmp_path))
+
+
 def test_presets_of_ones_own_are_read_from_a_folder(tmp_path: Path) -> None:
     (tmp_path / "clip").mkdir()
     text = (
