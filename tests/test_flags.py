@@ -24,7 +24,7 @@ FLAGS = {
     "--info defaults-tree": "schema/clip/norm",
     "--info searchpath": "pkg://app.multirun_examples",
     "--info config": "max_epochs: ",
-    "--info plugins": "app_sweep",
+    "--info plugins": "Presets",
     "--cfg job": "run_dir: ${hydra:runtime.output_dir}",
     "--cfg job --resolve name=mine": "run_dir: runs/mine",
     "--cfg job --resolve run_dir=here": "run_dir: here",
