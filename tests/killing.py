@@ -93,7 +93,7 @@ def left_by(name: str) -> dict[str, Any]:
     """What a run came to."""
     folder = Path("runs") / name
     result = json.loads((folder / "result.json").read_text())
-    for key in ("seconds", "name", "checkpoints"):
+    for key in ("seconds", "name", "checkpoints", "continued_after"):
         del result[key]
     return {
         "weights": torch.load(folder / "checkpoints/last.ckpt", weights_only=True),
