@@ -63,6 +63,14 @@ def sweep(config: Config, **changes: Any) -> tuple[list[float], list[float]]:
     return rates, losses
 
 
+def test_the_log_says_nothing_of_what_a_search_averages(
+    found: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "root")
+    found(*THEIRS, *BATCH, "averaging=ema", "tuner.batch_size.max_val=4")
+    assert [one.message for one in caplog.records if one.name.startswith("app.")] == []
+
+
 def test_finders_rng_finders_disk_lr_scheduler_the_run_equals_the_one_with_overrides_typed(
     composed: Callable[..., DictConfig], found: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """What a throwaway run leaves in the process, beside its own objects, and how it goes away."""
 
+import logging
 import os
 import sys
 from collections import deque
@@ -17,7 +18,8 @@ HOLDS = (dict, list, set, deque)
 @contextmanager
 def left_as_found(config: Any) -> Iterator[None]:
     """Run a block, after which the environment, and what the user's modules and classes keep in
-    themselves, are as before: counts, caches and lists. Not what is deeper in these.
+    themselves, are as before: counts, caches and lists. Not what is deeper in these. Of what our
+    own log says of it, warnings alone are heard.
 
     Args:
         config: plain; the modules are those of its classes, and what they import.
@@ -33,9 +35,13 @@ def left_as_found(config: Any) -> Iterator[None]:
         if isinstance(value, HOLDS)
     }
     environment = dict(os.environ)
+    ours = logging.getLogger("app")
+    level = ours.level
+    ours.setLevel(logging.WARNING)
     try:
         yield
     finally:
+        ours.setLevel(level)
         for owner, values in before:
             now = _plain(owner)
             for name in now.keys() - values.keys():
