@@ -1,6 +1,8 @@
 """Hydra's flags, and its globs, do what its users know of them."""
 
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,17 @@ from omegaconf import OmegaConf
 from app import cli
 from app.record.folder import RunFolder
 from app.train import main as train
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    """Hydra lets them write to streams that are a test's own."""
+    logs = [logging.getLogger(name) for name in ("", "hydra")]
+    before = [(one.handlers[:], one.level) for one in logs]
+    yield
+    for one, (handlers, level) in zip(logs, before, strict=True):
+        one.handlers[:] = handlers
+        one.setLevel(level)
 
 
 def shown(*typed: str, name: str, monkeypatch: Any, capsys: Any) -> str:
