@@ -400,11 +400,14 @@ def changed_by_debug(cfg: DictConfig) -> list[str]:
         return []
     hydra = HydraConfig.get()
     typed = [word for word in hydra.overrides.task if word.lstrip("+").partition("=")[0] != "debug"]
-    before = flat(_raw(compose(hydra.job.config_name, [*typed, "debug=none"])))
+    without = compose(hydra.job.config_name, [*typed, "debug=none"])
+    before = flat(_raw(without))
+    changed = (key for key, value in flat(_raw(cfg)).items() if before.get(key) != value)
     return [
-        f"debug={cfg.debug} changes {key} {_shown(before.get(key))} -> {_shown(value)}"
-        for key, value in flat(_raw(cfg)).items()
-        if before.get(key) != value and key != "debug"
+        f"debug={cfg.debug} changes {key} {_shown(OmegaConf.select(without, key))} -> "
+        f"{_shown(OmegaConf.select(cfg, key))}"
+        for key in changed
+        if key != "debug"
     ]
 
 
