@@ -305,6 +305,7 @@ def train(config: Config, folder: RunFolder) -> dict[str, Any]:
         if checkpoint is not None and is_first:
             print(f"{'continuing' if own else 'branching'} from {checkpoint}", flush=True)
         tracking.loggers = run.trainer.loggers
+        ranks().first(bool)  # all begin at once: where they listen, nobody comes before them
         with record.phase("fit"):
             try:
                 run.trainer.fit(run.model, datamodule=run.data, ckpt_path=checkpoint)
