@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from app import cli, new
 from app.cli.explained import explain
 from app.cli.presets import help_text, project_conf
+from app.config import check
 from app.errors import Refused
 
 
@@ -74,12 +75,18 @@ def test_a_wrong_key_in_a_preset_is_told_as_one_that_is_typed(
     shapes: Path, composed: Callable[..., DictConfig]
 ) -> None:
     (shapes / "conf/experiment/bad.yaml").write_text(
-        "# @package _global_\ntrainr: {max_epochs: 3}\n"
+        "# @package _global_\ntrainer: {max_epoch: 3}\n"
     )
     with pytest.raises(ConfigCompositionException) as raised:
         composed("experiment=bad")
     said = explain(raised.value)
-    assert said == "In 'experiment/bad': trainr is not a key; did you mean trainer?"
+    what = "trainer.max_epoch is not a key; did you mean trainer.max_epochs?"
+    assert said == f"In 'experiment/bad': {what}"
+    (shapes / "conf/experiment/bad.yaml").write_text(
+        "# @package _global_\ntrainr: {max_epochs: 3}\n"
+    )
+    with pytest.raises(Refused, match="trainr is not a key; did you mean trainer"):
+        check(composed("experiment=bad"))
 
 
 PYPROJECTS = {

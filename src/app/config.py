@@ -263,7 +263,7 @@ def _refuse_unread(cfg: DictConfig) -> None:
                     if difflib.get_close_matches(name, known, n=1, cutoff=0.5):
                         raise Refused(unknown_key(key, known))
                     raise Refused(f"{key} needs a class; type +{key}._target_=package.module.Class")
-            elif path or not (_is_group(name, value) or _is_read(name, cfg)):
+            elif path or not (_is_group(name, value, known) or _is_read(name, cfg)):
                 told = replaced(key, shape)
                 raise Refused(told or unknown_key(key, [k for k in known if k[0] != "_"]))
 
@@ -278,11 +278,12 @@ def _nodes(node: DictConfig, path: str) -> Iterator[tuple[str, DictConfig]]:
             yield from _nodes(node[name], f"{path}{name!s}.")
 
 
-def _is_group(name: str, value: Any) -> bool:
+def _is_group(name: str, value: Any, known: Sequence[str]) -> bool:
     """Whether a key beside the groups is a group of the user's."""
     if HydraConfig.initialized():
         return name in HydraConfig.get().runtime.choices
-    return isinstance(value, DictConfig)
+    is_near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)  # more is not known here
+    return isinstance(value, DictConfig) and not is_near
 
 
 def _is_read(name: str, cfg: DictConfig) -> bool:
