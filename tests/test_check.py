@@ -126,8 +126,7 @@ KEYS = {
 COMBINATIONS = {
     ("scheduler=custom", "scheduler._target_=torch.optim.lr_scheduler.OneCycleLR", "tuner=lr_find",
      "+scheduler.max_lr=1", "+scheduler.total_steps=total_steps"): "tuner.lr searches "
-    "optimizer.lr, "
-    "in place of which torch.optim.lr_scheduler.OneCycleLR sets its max_lr; use "
+    "optimizer.lr, in place of which torch.optim.lr_scheduler.OneCycleLR sets its max_lr; use "
     "scheduler=onecycle, or tuner=batch_size",
     ("model=custom", "model._target_=theirs.LitModel", "data=none", "sharing=mmap"): "sharing "
     "shares what a LightningDataModule sets up, and data=none has none; use sharing=none",

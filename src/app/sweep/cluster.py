@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from app.config import Config
 from app.errors import JobsFailed, Refused
-from app.fit import told_by_classes
+from app.fit import linked, told_by_classes
 from app.record.folder import LOG, RunFolder, result_in
 from app.record.states import SLURM_JOB, State
 from app.slurm.states import Signs, is_done, signs_of, states, true_state, true_states
@@ -117,8 +117,8 @@ def submit_run(cfg: DictConfig, typed: Sequence[str]) -> float | None:
         folder.move_aside()
         run.cfg.resume = "auto"  # also when it is requeued
     folder.forget_torn()
-    if folder.read_config() is not None:  # which has what classes of the user's say of themselves
-        config = resolved(told_by_classes(cfg))
+    if folder.read_config() is not None:  # which has what classes of the user's, and data, told
+        config = resolved(linked(told_by_classes(cfg)))
     folder.refuse_changes(config.plain)
     settings: Any = OmegaConf.to_object(cfg.launch)
     result = folder.read_result() or {}
